@@ -1,0 +1,181 @@
+"""Rows of a recipe's data, split, checked and named by role: text, text_pair, label."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+
+from zoo.errors import RunError, UserError, did_you_mean
+from zoo.recipe import DataSection
+from zoo.sources import Source, resolve
+
+# file ending -> the datasets library's name for its reader; recipes may name any other reader
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows by split, with columns named by role and `row`, each row's number in its source, from 0.
+
+    `labels` are those of train, in order; `label` columns are their numbers. `notes`: what the user should know.
+    """
+
+    train: Dataset | None
+    validation: Dataset | None
+    test: Dataset | None
+    labels: list[str]
+    notes: list[str]
+
+
+def load_splits(section: DataSection, roles: Sequence[str], seed: int, labels: list[str] | None = None) -> Splits:
+    """Loads, checks and splits the data. Raises UserError naming the split, row and column that are wrong.
+
+    roles: columns the task reads. seed: decides the rows held out for validation and those kept by `limit`. labels: a
+    trained model's, when its data is read again; without them train's are taken.
+    """
+    raw = _read(section)
+    splits = {name: _roles(raw[source], name, section, roles) for name, source in _named(section, raw).items()}
+    if "train" not in splits and labels is None:
+        raise UserError(f"data {section.path}: no train split; it has {', '.join(raw)}; name one under data.splits")
+    notes: list[str] = []
+    if section.limit is not None:
+        splits = {
+            name: rows.shuffle(seed=seed).select(range(min(section.limit, len(rows)))) for name, rows in splits.items()
+        }
+        notes.append(f"data.limit: {section.limit} rows of each split")
+    names = labels
+    if "label" in roles:
+        names = labels if labels is not None else _label_names(splits["train"])
+        splits = {name: _numbered(rows, name, names) for name, rows in splits.items()}
+    if "validation" not in splits and "train" in splits:
+        held_out, note = _hold_out(splits["train"], section.validation, seed, "label" in roles)
+        splits |= {"train": held_out["train"], "validation": held_out["test"]}
+        notes.append(note)
+    return Splits(splits.get("train"), splits.get("validation"), splits.get("test"), names or [], notes)
+
+
+def _read(section: DataSection) -> DatasetDict:
+    """The source's own splits, as the datasets library reads them."""
+    source = resolve(section.path, kind="dataset", revision=section.revision, files=list(section.files.values()))
+    reading = f"data {section.path}"
+    try:
+        loaded = datasets.load_dataset(**_loading_arguments(section, source))
+    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines()
+        raise UserError(f"{reading}: cannot be read: {cause[0] if cause else type(error).__name__}; check data.format, "
+                        "data.options and the file itself") from error  # fmt: skip
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def _loading_arguments(section: DataSection, source: Source) -> dict[str, Any]:
+    if source.kind == "hub":
+        return {"path": str(source.location), "name": section.name, "revision": source.revision, **section.options}
+    location = Path(source.location)
+    if section.files:
+        files: Any = {split: str(location / file) for split, file in section.files.items()}
+        endings = {Path(file).suffix.lower() for file in section.files.values()}
+    elif location.is_file():
+        files, endings = {"train": str(location)}, {location.suffix.lower()}
+    elif section.format is None:
+        # a directory laid out as the datasets library expects it
+        return {"path": str(location), **section.options}
+    else:
+        files, endings = None, set()
+    builder = section.format or (_BUILDERS.get(endings.pop()) if len(endings) == 1 else None)
+    if builder is None:
+        raise UserError(
+            f"data {section.path}: its format is not known from the file names; give data.format (csv, json, ...)"
+        )
+    where: dict[str, Any] = {"data_dir": str(location)} if files is None else {"data_files": files}
+    return {"path": builder, **where, **section.options}
+
+
+def _named(section: DataSection, raw: DatasetDict) -> dict[str, str]:
+    """Our split -> the source's."""
+    for ours, theirs in section.splits.items():
+        if theirs not in raw:
+            raise UserError(f"data.splits.{ours}: {section.path} has no split {theirs!r}, only {', '.join(raw)}")
+    named = {name: name for name in ("train", "validation", "test") if name in raw}
+    # the hub's other usual name for it
+    if "dev" in raw:
+        named.setdefault("validation", "dev")
+    return {**named, **section.splits}
+
+
+def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str]) -> Dataset:
+    """Only the columns the task reads, under the names of their roles, and each row's number."""
+    columns = {role: section.columns.get(role, role) for role in roles}
+    wanted = [role for role in roles if role != "text_pair" or role in section.columns or role in rows.column_names]
+    for role in wanted:
+        if columns[role] not in rows.column_names:
+            near = did_you_mean(columns[role], rows.column_names)
+            raise UserError(
+                f"data.columns.{role}: the {split} split of {section.path} has no column {columns[role]!r}; it has "
+                f"{', '.join(rows.column_names)}{near}"
+            )
+    if len(rows) == 0:
+        raise UserError(f"data {section.path}: the {split} split is empty")
+    rows = rows.select_columns([columns[role] for role in wanted])
+    rows = rows.rename_columns({columns[role]: role for role in wanted if columns[role] != role})
+    for role in wanted:
+        if role != "label":
+            _check_texts(rows, role, columns[role], split, section.path)
+    return rows.add_column("row", list(range(len(rows))))
+
+
+def _check_texts(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
+    for row, text in enumerate(rows[role]):
+        if not isinstance(text, str):
+            raise UserError(f"data {path}: {split} row {row}: column {column!r} holds {text!r}, not a text")
+        if not text.strip():
+            raise UserError(f"data {path}: {split} row {row}: the text in column {column!r} is empty; remove the row")
+
+
+def _label_names(train: Dataset) -> list[str]:
+    feature = train.features["label"]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = set(train["label"])
+    if None in values:
+        row = train["row"][list(train["label"]).index(None)]
+        raise UserError(f"data: train row {row}: the label is missing")
+    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool") or _is_integer(feature)):
+        raise UserError(f"data: labels are {feature}; a class is a word or a whole number")
+    # numbers in their own order, not as words
+    return [str(value) for value in sorted(values)]
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
+
+
+def _numbered(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    """Labels as their numbers. A label that training does not know is refused."""
+    feature, numbers = rows.features["label"], {name: number for number, name in enumerate(names)}
+    numbered = []
+    for row, label in zip(rows["row"], rows["label"], strict=True):
+        name = feature.int2str(label) if isinstance(feature, ClassLabel) and label is not None else str(label)
+        if name not in numbers:
+            raise UserError(
+                f"data: {split} row {row}: the label {name!r} is unknown to training, which has {', '.join(names)}"
+            )
+        numbered.append(numbers[name])
+    return rows.remove_columns("label").add_column("label", numbered, feature=ClassLabel(names=names))
+
+
+def _hold_out(train: Dataset, share: float, seed: int, by_label: bool) -> tuple[DatasetDict, str]:
+    """Splits train for the choice of a checkpoint, each label in proportion where the counts allow it."""
+    size = max(1, round(share * len(train)))
+    if size >= len(train):
+        raise RunError(f"data: train has {len(train)} rows, too few to hold {size} out for validation")
+    note = f"validation: {size} rows held out of train"
+    if by_label:
+        try:
+            return train.train_test_split(size, seed=seed, stratify_by_column="label"), f"{note}, in proportion by label"
+        except ValueError:
+            # a class of one row, or more classes than held-out rows
+            note += "; too few rows of some label to hold out in proportion"
+    return train.train_test_split(size, seed=seed), note

@@ -1,0 +1,64 @@
+"""How a command ends badly, and how the problems of a text a person wrote are gathered, placed and worded."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+Keys = tuple[Any, ...]  # the path of a value: ("train", "learning_rate")
+
+
+class UserError(Exception):
+    """The user's words are wrong: the message says what, where (file, line, key) and what to do. Exit status 2."""
+
+
+class RunError(Exception):
+    """A run failed for a reason that the message states. Exit status 1."""
+
+
+def did_you_mean(word: object, candidates: Iterable[str]) -> str:
+    """The end of a message about an unknown `word`: "; did you mean X?", or nothing where no candidate is near."""
+    known = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(str(word).lower(), known, n=1)
+    return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def shown(value: object) -> str:
+    """A value read from YAML, as a message quotes it: its kind where that is the point, at most 60 characters."""
+    if value is None:
+        return "null (nothing)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds = {"str": "the string ", "list": "the list ", "dict": "the mapping "}
+    text = repr(value)
+    return kinds.get(type(value).__name__, "") + (text if len(text) <= 60 else f"{text[:57]}...")
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a value was written. Sorts as base, recipe, command line, and by line."""
+
+    rank: int
+    line: int
+    label: str  # "recipes/x.yaml:14" or "command line: train.seed=1"
+    key: str = field(default="", compare=False)  # the key that the label already names
+
+
+class Problems:
+    """What is wrong with a recipe: gathered, then raised all at once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Place, Keys], str] = {}
+
+    def add(self, place: Place, keys: Keys, text: str) -> None:
+        """Note a problem; of several with one value the first counts."""
+        self._found.setdefault((place, keys), text)
+
+    def raise_any(self) -> None:
+        """UserError with a line for each problem, if there are any."""
+        lines = []
+        for (place, keys), text in sorted(self._found.items(), key=lambda item: item[0][0]):
+            dotted = ".".join(map(str, keys))
+            lines.append(f"{place.label}: {text}" if dotted in ("", place.key) else f"{place.label}: {dotted}: {text}")
+        if lines:
+            raise UserError("\n".join(lines))

@@ -1,0 +1,189 @@
+"""The one attention module: projections, cache, position bias. Who attends to whom is config, not code.
+
+A config names its *variant* (the maths): `attention: full`, a pattern of `masks.py`, or a list of names that is cycled
+over the layers; `attention_kwargs: {name: {...}}` holds the parameters. The *implementation* of the maths (eager, sdpa,
+flex) is transformers' `attn_implementation`, which is not saved.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .masks import MASKS, Pattern, causal_only, document_mask, document_positions, grid_mask_function
+from .ragged import Packing
+from .ragged_attention import ragged_attention
+
+FULL = "full"
+
+
+def check_variant(config) -> None:
+    """Raises ValueError unless `attention` and `attention_kwargs` name variants that exist, with their parameters."""
+    names = [config.attention] if isinstance(config.attention, str) else list(config.attention)
+    known = [FULL, *MASKS]
+    if not names:
+        raise ValueError(f"attention: an empty list; name at least one of {', '.join(known)}.")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"attention: no variant is called {name!r}; there are {', '.join(known)}.")
+        if name != FULL:
+            _build_pattern(config, name, causal=False)
+    for name in config.attention_kwargs:
+        if name not in names:
+            raise ValueError(f"attention_kwargs has an entry for {name!r}, but attention is {config.attention!r}.")
+
+
+def variant_of_layer(config, layer_idx: int) -> str:
+    """The name of a layer's variant: a list is a cycle over the layers (GPT-3, arXiv 2005.14165, section 2.1)."""
+    return config.attention if isinstance(config.attention, str) else config.attention[layer_idx % len(config.attention)]
+
+
+def _build_pattern(config, name: str, causal: bool) -> Pattern:
+    try:
+        return MASKS[name](causal=causal, **config.attention_kwargs.get(name, {}))
+    except TypeError as error:
+        raise ValueError(f"attention_kwargs.{name}: {error}.") from error
+
+
+class LayerMasks:
+    """Self-attention masks of one forward pass, each variant's made once and shared by its layers."""
+
+    def __init__(self, config, causal: bool, inputs_embeds, attention_mask, past_key_values, packing: Packing | None):
+        """inputs_embeds: (batch, length, hidden) as padded; attention_mask: (batch, keys), or 4-D as it is."""
+        self.config, self.causal, self.packing = config, causal, packing
+        self.padded = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        if causal:
+            self.padded["past_key_values"] = past_key_values
+        self._made: dict[str, torch.Tensor | None] = {}
+
+    def of_layer(self, layer_idx: int) -> torch.Tensor | None:
+        """What `Attention` takes: a grid mask of transformers' form, or (length, length) bool for packed rows."""
+        name = variant_of_layer(self.config, layer_idx)
+        if name not in self._made:
+            in_rows = self.packing is not None and self.packing.per_sequence
+            self._made[name] = self._document(name) if in_rows else self._grid(name)
+        return self._made[name]
+
+    def _document(self, name: str) -> torch.Tensor | None:
+        if name == FULL and not self.causal:
+            return None
+        pattern = causal_only if name == FULL else _build_pattern(self.config, name, self.causal)
+        return document_mask(pattern, self.packing.max_length, self.packing.device)
+
+    def _grid(self, name: str) -> torch.Tensor | None:
+        attention_mask = self.padded["attention_mask"]
+        pattern = None
+        if name != FULL:
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError(f"attention {name!r} needs a mask of (batch, length), not {attention_mask.ndim}-D.")
+            positions = None if attention_mask is None else document_positions(attention_mask)
+            pattern = grid_mask_function(_build_pattern(self.config, name, self.causal), positions)
+        create = create_causal_mask if self.causal else create_bidirectional_mask
+        return create(config=self.config, and_mask_function=pattern, **self.padded)
+
+
+def eager_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scaling + bias + mask) v, with its weights (Attention Is All You Need, section 3.2.1)."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    """Multi-head attention over itself or over `key_value_states`.
+
+    hidden_states: (batch, length, hidden), or (tokens, hidden) with `packing`. Returns the same shape and the weights
+    (batch, heads, queries, keys), which only the eager implementation gives.
+    """
+
+    def __init__(self, config, spec, layer_idx: int, is_cross_attention: bool = False):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.scaling = spec.head_dim, spec.score_scaling
+        self.num_key_value_groups = spec.num_heads // spec.key_value_heads
+        self.is_cross_attention = is_cross_attention
+        # read by transformers' attention functions
+        self.is_causal = spec.causal and not is_cross_attention
+        self.attention_dropout = spec.attention_dropout
+        width, kv_width = spec.num_heads * spec.head_dim, spec.key_value_heads * spec.head_dim
+        self.q_proj = nn.Linear(spec.hidden_size, width, bias=spec.bias)
+        self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.bias)
+        self.v_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.bias)
+        self.o_proj = nn.Linear(width, spec.hidden_size, bias=spec.bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        packing: Packing | None = None,
+        kv_packing: Packing | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if packing is not None and kv_packing is None:
+            kv_packing = packing
+        query = self._heads(self.q_proj(hidden_states))
+        key, value = self._keys_and_values(
+            hidden_states if key_value_states is None else key_value_states, past_key_values, kv_packing
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if packing is not None and packing.per_sequence:
+            if self.num_key_value_groups > 1:
+                key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
+            mask, bias = attention_mask, None if position_bias is None else position_bias[0]
+            output = ragged_attention(
+                query, key, value, packing, kv_packing,
+                scaling=self.scaling, dropout=dropout, mask=mask, position_bias=bias,
+            )  # fmt: skip
+            return self.o_proj(output.flatten(1)), None
+        if packing is not None:
+            query, key, value = packing.unpack(query), kv_packing.unpack(key), kv_packing.unpack(value)
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            position_bias=position_bias,
+            **kwargs,
+        )
+        output = output.flatten(2)
+        return self.o_proj(output if packing is None else packing.pack(output)), weights
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(batch, length, width) -> (batch, heads, length, head_dim); packed (tokens, width) -> (tokens, heads, ...)."""
+        split = projected.unflatten(-1, (-1, self.head_dim))
+        return split if split.ndim == 3 else split.transpose(1, 2)
+
+    def _keys_and_values(self, states: torch.Tensor, past_key_values: Cache | None, packing: Packing | None):
+        """Projects `states` and keeps or takes them from the cache, which is always padded."""
+        if past_key_values is None:
+            return self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        cache = past_key_values
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.cross_attention_cache if self.is_cross_attention else cache.self_attention_cache
+            if self.is_cross_attention and past_key_values.is_updated.get(self.layer_idx):
+                return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        key, value = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        if packing is None:
+            key, value = cache.update(key, value, self.layer_idx)
+        else:
+            # the first pass of a generation: the packed tensors are all the keys there are
+            cache.update(*(packing.unpack(x).transpose(1, 2) for x in (key, value)), self.layer_idx)
+        if self.is_cross_attention:
+            past_key_values.is_updated[self.layer_idx] = True
+        return key, value

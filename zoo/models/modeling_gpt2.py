@@ -1,0 +1,250 @@
+"""GPT-2 (Radford et al. 2019) on the native block: pre-norm, causal, cached; official Conv1D weights in and out."""
+
+from .versions import checked  # noqa: F401  isort: skip  (first: other versions fail in riddles further down)
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import LayerMasks
+from .blocks import Block, BlockSpec
+from .dropout import Dropout
+from .heads import next_token_labels, token_loss
+from .losses import linear_cross_entropy
+from .pretrained import VariantConfig, ZooPreTrainedModel, register_key_map
+from .ragged import PLAN, Packing, unpack_output, unpack_states
+
+# official linear layers are Conv1D, whose weights are (in, out), with q, k and v in one
+KEY_MAP = [
+    WeightRenaming(r"h.(\d+).ln_1", r"layers.\1.self_attn_norm"),
+    WeightRenaming(r"h.(\d+).ln_2", r"layers.\1.mlp_norm"),
+    WeightRenaming(r"h.(\d+).attn.c_attn", r"layers.\1.self_attn.c_attn"),
+    WeightRenaming(r"h.(\d+).attn.c_proj", r"layers.\1.self_attn.o_proj"),
+    WeightRenaming(r"h.(\d+).mlp.c_fc", r"layers.\1.mlp.fc1"),
+    WeightRenaming(r"h.(\d+).mlp.c_proj", r"layers.\1.mlp.fc2"),
+    WeightConverter(
+        "self_attn.c_attn.weight",
+        ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+        [Transpose(0, 1), Chunk(dim=0)],
+    ),
+    WeightConverter(
+        "self_attn.c_attn.bias",
+        ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+        [Chunk(dim=0)],
+    ),
+    WeightConverter("self_attn.o_proj.weight", "self_attn.o_proj.weight", [Transpose(0, 1)]),
+    WeightConverter("mlp.fc1.weight", "mlp.fc1.weight", [Transpose(0, 1)]),
+    WeightConverter("mlp.fc2.weight", "mlp.fc2.weight", [Transpose(0, 1)]),
+]
+
+
+@strict
+class ZooGPT2Config(VariantConfig, GPT2Config):
+    """`GPT2Config` and the attention variant."""
+
+    model_type = "zoo_gpt2"
+
+    def validate_architecture(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+        if self.add_cross_attention:
+            raise ValueError("zoo_gpt2 has no cross-attention: add_cross_attention must be false.")
+        super().validate_architecture()
+
+
+def block_spec(config: GPT2Config, layer_idx: int) -> BlockSpec:
+    head_dim = config.n_embd // config.n_head
+    scaling = head_dim**-0.5 if config.scale_attn_weights else 1.0
+    if config.scale_attn_by_inverse_layer_idx:
+        scaling /= layer_idx + 1
+    return BlockSpec(
+        hidden_size=config.n_embd,
+        num_heads=config.n_head,
+        head_dim=head_dim,
+        ffn_size=config.n_inner or 4 * config.n_embd,
+        activation=config.activation_function,
+        norm_eps=config.layer_norm_epsilon,
+        norm_place="pre",
+        causal=True,
+        scaling=scaling,
+        attention_dropout=config.attn_pdrop,
+        hidden_dropout=config.resid_pdrop,
+    )
+
+
+class ZooGPT2PreTrainedModel(ZooPreTrainedModel):
+    config: ZooGPT2Config
+    config_class = ZooGPT2Config
+    official_config_class = GPT2Config
+    base_model_prefix = "transformer"
+    _can_compile_fullgraph = True
+    auto_map = {
+        "AutoConfig": "modeling_gpt2.ZooGPT2Config",
+        "AutoModel": "modeling_gpt2.ZooGPT2Model",
+        "AutoModelForCausalLM": "modeling_gpt2.ZooGPT2LMHeadModel",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Block):
+            # two residual branches a layer: their outputs are scaled down by 1 / sqrt(2 layers) (GPT-2, section 2.3)
+            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.self_attn.o_proj.weight, mean=0.0, std=std)
+            init.normal_(module.mlp.fc2.weight, mean=0.0, std=std)
+
+
+class ZooGPT2Model(ZooGPT2PreTrainedModel):
+    def __init__(self, config: ZooGPT2Config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = Dropout(config.embd_pdrop)
+        self.layers = nn.ModuleList(Block(config, block_spec(config, index), index) for index in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, new_embeddings):
+        self.wte = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        packing: Packing | None | str = PLAN,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """As the official class. With `packing`, a head's own plan, the outputs stay packed: (tokens, hidden)."""
+        planned_here = packing == PLAN
+        if planned_here:
+            packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values=past_key_values, **kwargs)
+        output = self._decode(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            use_cache=use_cache, packing=packing, **kwargs,
+        )  # fmt: skip
+        return unpack_output(output, packing) if planned_here and packing is not None else output
+
+    def plan(self, input_ids, inputs_embeds, attention_mask, past_key_values=None, **kwargs) -> Packing | None:
+        """How a call with these inputs is packed, or None."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        return self.plan_packing(inputs, attention_mask, cached_tokens=_cached_tokens(past_key_values), **kwargs)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _decode(
+        self, input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
+        use_cache=None, packing=None, **kwargs,
+    ):  # fmt: skip
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + past).unsqueeze(0)
+        if packing is not None:
+            input_ids, inputs_embeds, token_type_ids, position_ids = (
+                None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds, token_type_ids, position_ids)
+            )
+        hidden_states = (self.wte(input_ids) if inputs_embeds is None else inputs_embeds) + self.wpe(position_ids)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.wte(token_type_ids)
+        # only shape, dtype and device of this are read
+        grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
+        masks = LayerMasks(self.config, True, grid, attention_mask, past_key_values, packing)
+        hidden_states = self.drop(hidden_states)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states, masks.of_layer(index), past_key_values=past_key_values, packing=packing, **kwargs
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(self.ln_f(hidden_states), past_key_values if use_cache else None)
+
+
+def _cached_tokens(past_key_values: Cache | None) -> int:
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+class ZooGPT2LMHeadModel(ZooGPT2PreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: ZooGPT2Config):
+        super().__init__(config)
+        self.transformer = ZooGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """As the official class; packed, a row's first real token is no target, whatever pads it on the left."""
+        packing = self.transformer.plan(input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        output = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            use_cache=use_cache, packing=packing, return_dict=True, **kwargs,
+        )  # fmt: skip
+        states = output.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            labels = next_token_labels(labels)
+            labels = labels.flatten() if packing is None else packing.pack(labels)
+        if labels is not None and self.training:
+            loss = linear_cross_entropy(states.flatten(0, -2), self.lm_head, labels, num_items_in_batch)
+        else:
+            logits = self._logits(states, packing, logits_to_keep)
+        if labels is not None and logits is not None:
+            rows = logits.flatten(0, 1) if packing is None else packing.pack(logits)
+            loss = token_loss(rows.float(), labels, num_items_in_batch)
+        return CausalLMOutputWithCrossAttentions(
+            loss,
+            logits,
+            past_key_values=output.past_key_values,
+            hidden_states=unpack_states(output.hidden_states, packing),
+            attentions=output.attentions,
+            cross_attentions=output.cross_attentions,
+        )
+
+    def _logits(self, states, packing: Packing | None, logits_to_keep):
+        """(batch, kept, vocabulary), zeros at padding; all slots, the last few, or those of an index."""
+        if packing is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return self.lm_head(states[:, kept])
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            return packing.unpack(self.lm_head(states))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # hidden states of padding are 0, and the head has no bias, so their logits are 0
+        return self.lm_head(packing.unpack(states)[:, kept])
+
+
+register_key_map(["ZooGPT2Model"], KEY_MAP)

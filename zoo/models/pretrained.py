@@ -1,0 +1,145 @@
+"""What all native models share: the ragged switch, and how they are saved and opened."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils.output_capturing import OutputRecorder
+
+from .attention import FULL, Attention, check_variant
+from .blocks import Block
+from .ragged import RaggedMixin
+
+# fields that only our configs have
+ZOO_FIELDS = ("attention", "attention_kwargs")
+
+
+class LoadRenaming(WeightRenaming):
+    """A renaming for old checkpoints that is not undone when the model is saved."""
+
+    __slots__ = ()
+
+    def reverse_transform(self):
+        return self.copy(["(?!)"], ["(?!)"])
+
+
+# `gamma` and `beta` of TensorFlow-era checkpoints. transformers renames them too, but after our own maps, which by then
+# have moved the norms away from the name it looks for.
+OLD_NORM_NAMES = [
+    LoadRenaming("LayerNorm.gamma", "LayerNorm.weight"),
+    LoadRenaming("LayerNorm.beta", "LayerNorm.bias"),
+]
+
+
+def register_key_map(class_names: list[str], key_map: list) -> None:
+    """Declares how official weight names become ours, under each class that is the root of a load."""
+    for name in class_names:
+        # overwrite: a process may import this code twice, as the package and as a model's own copy
+        register_checkpoint_conversion_mapping(name, key_map, overwrite=True)
+
+
+def is_standard(config: PreTrainedConfig) -> bool:
+    """Whether the official class computes the same: full attention in every layer."""
+    names = [config.attention] if isinstance(config.attention, str) else config.attention
+    return all(name == FULL for name in names)
+
+
+@strict
+class VariantConfig(PreTrainedConfig):
+    """The fields that our configs add to the official ones, and how they open official directories.
+
+    Goes before the official class in the bases of a config, and takes its `model_type` with `zoo_` before it.
+    """
+
+    attention: str | list[str] = FULL
+    attention_kwargs: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.attention_kwargs = self.attention_kwargs or {}
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        check_variant(self)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        official = cls.model_type.removeprefix("zoo_")
+        found = fields.get("model_type", official)
+        if found not in (official, cls.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {found!r}; {cls.__name__} opens "
+                f"{official!r} and {cls.model_type!r}."
+            )
+        # the official type would stay on the instance, and no key map of ours be found under it
+        return {**fields, "model_type": cls.model_type}, unused
+
+
+class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
+    """Base of every native model.
+
+    Subclasses set `official_config_class` and `auto_map`, the Auto classes of a family by the names of its files.
+    """
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Block"]
+    _can_record_outputs = {
+        "hidden_states": Block,
+        "attentions": OutputRecorder(Attention, layer_name=".self_attn", index=1),
+        "cross_attentions": OutputRecorder(Attention, layer_name=".cross_attn", index=1),
+    }
+    official_config_class: type[PreTrainedConfig]
+    auto_map: dict[str, str]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if getattr(module, "is_output_bias_owner", False):
+            init.zeros_(module.bias)
+
+    def official_config(self) -> PreTrainedConfig:
+        """The config with which the official class computes the same. Raises ValueError for a variant."""
+        if not is_standard(self.config):
+            raise ValueError(
+                f"A model with attention {self.config.attention!r} has no official form: the official class would "
+                "open its weights and compute full attention. Save it with its own code instead."
+            )
+        fields = self.config.to_dict()
+        for name in (*ZOO_FIELDS, "auto_map", "model_type"):
+            fields.pop(name, None)
+        config = self.official_config_class.from_dict(fields)
+        config.architectures = [type(self).__name__.removeprefix("Zoo")]
+        return config
+
+    def save_pretrained(self, save_directory, *args, official: bool = False, is_main_process: bool = True, **kwargs):
+        """Saves weights under the official names, with this code (`trust_remote_code=True` opens it anywhere).
+
+        official: with the official config instead, so that any tool opens it without this code. Raises ValueError for
+        a variant, which has no official form.
+        """
+        official_config = self.official_config() if official else None
+        self.config.auto_map = dict(self.auto_map)
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if not is_main_process:
+            return
+        if official_config is not None:
+            official_config.dtype = self.config.dtype
+            official_config.save_pretrained(save_directory)
+        code = sys.modules[type(self).__module__].__file__
+        for file in [code, *get_relative_import_files(code)]:
+            target = Path(save_directory, Path(file).name)
+            if official_config is not None:
+                target.unlink(missing_ok=True)
+            elif not target.exists() or not target.samefile(file):
+                shutil.copyfile(file, target)

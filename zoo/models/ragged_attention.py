@@ -1,0 +1,183 @@
+"""Attention over packed tokens, one sequence at a time, so that scores stay in cache and padding costs nothing.
+
+q, k, v are (tokens, heads, head_dim), as the projections leave them. Without dropout each sequence goes through torch's
+own fused `scaled_dot_product_attention`. With dropout that kernel is not available on CPU, so one autograd function
+does it: scores, softmax, keep mask, product, and the gradients by hand (FlashAttention, Dao et al. 2022, appendix B.4,
+without its tiling: the probabilities of a sequence are kept).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .dropout import drop_below, keep_rate, random_levels
+from .ragged import Packing
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    kv_packing: Packing,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    mask: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention of each row's queries over the same row's keys.
+
+    query: (query tokens, heads, head_dim); key, value: (key tokens, heads, head_dim). mask: bool, True = visible,
+    (longest row's queries, longest row's keys) on positions within the document. position_bias, for self-attention:
+    (heads, length, length) on slots of the padded grid. Both are cut to each row.
+    Returns (query tokens, heads, head_dim), zeros for rows without keys.
+    """
+    rows = Rows(packing, kv_packing, mask, position_bias)
+    if dropout > 0.0:
+        # the function chooses its own precision
+        with torch.autocast(query.device.type, enabled=False):
+            return _DropoutAttention.apply(query, key, value, position_bias, rows, scaling, dropout)
+    if packing.indices is None and kv_packing.indices is None:
+        return _grid_attention(query, key, value, rows, scaling)
+    outputs = []
+    split = query.split(packing.lengths), key.split(kv_packing.lengths), value.split(kv_packing.lengths)
+    for row, (q, k, v) in enumerate(zip(*split, strict=True)):
+        if len(q) == 0 or len(k) == 0:
+            outputs.append(torch.zeros_like(q))
+            continue
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.added_to_scores(row), scale=scaling)
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _grid_attention(query, key, value, rows: "Rows", scaling: float) -> torch.Tensor:
+    """The same where no slot is padding: one call for the whole batch."""
+
+    def grid(x, packing):
+        return x.view(packing.batch_size, packing.length, *x.shape[1:]).transpose(1, 2)
+
+    q, k, v = grid(query, rows.packing), grid(key, rows.kv_packing), grid(value, rows.kv_packing)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.added_to_scores(0), scale=scaling)
+    return out.transpose(1, 2).reshape(query.shape)
+
+
+class Rows:
+    """The rows of a packed batch, and what is added to the scores of each."""
+
+    def __init__(self, packing: Packing, kv_packing: Packing, mask: torch.Tensor | None, position_bias):
+        self.packing, self.kv_packing = packing, kv_packing
+        self.hidden = None if mask is None else ~mask
+        self.position_bias = position_bias
+
+    def __iter__(self) -> Iterator[tuple[int, slice, slice]]:
+        """(row, its query tokens, its key tokens) of each row that has both."""
+        for row in range(self.packing.batch_size):
+            queries = slice(self.packing.starts[row], self.packing.starts[row + 1])
+            keys = slice(self.kv_packing.starts[row], self.kv_packing.starts[row + 1])
+            if queries.start < queries.stop and keys.start < keys.stop:
+                yield row, queries, keys
+
+    def hidden_in(self, row: int) -> torch.Tensor | None:
+        """(queries, keys) bool, True = not visible."""
+        if self.hidden is None:
+            return None
+        return self.hidden[: self.packing.lengths[row], : self.kv_packing.lengths[row]]
+
+    def bias_index(self, row: int) -> tuple:
+        """The part of (heads, length, length) that belongs to a row."""
+        slots = self.packing.row_slots[row]
+        if slots is not None:
+            return slice(None), slots[:, None], slots[None, :]
+        # a bias depends on distances alone, so a row without holes may start at 0 wherever it stands
+        length = self.packing.lengths[row]
+        return slice(None), slice(length), slice(length)
+
+    def bias_in(self, row: int) -> torch.Tensor | None:
+        return None if self.position_bias is None else self.position_bias[self.bias_index(row)]
+
+    def added_to_scores(self, row: int) -> torch.Tensor | None:
+        """Mask and bias of one row as scaled_dot_product_attention takes them."""
+        hidden, bias = self.hidden_in(row), self.bias_in(row)
+        if hidden is None:
+            return bias
+        return ~hidden if bias is None else bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+
+
+def _heads_first(tokens: torch.Tensor, part: slice) -> torch.Tensor:
+    """(tokens, heads, head_dim) -> a view (heads, part, head_dim)."""
+    return tokens[part].transpose(0, 1)
+
+
+class _DropoutAttention(torch.autograd.Function):
+    """Attention with dropout on its probabilities.
+
+    The sign of a saved probability is its keep mask: P where kept, -P where dropped (a probability is never negative,
+    and one that is exactly 0 adds nothing either way). All rows share one flat buffer.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, position_bias, rows: Rows, scaling: float, dropout: float):
+        ctx.save_dtype = query.dtype
+        # softmax and sums in fp32 at least, as the fused kernels do
+        query, key, value = (x if x.dtype == torch.float64 else x.float() for x in (query, key, value))
+        heads = query.shape[1]
+        lengths = zip(rows.packing.lengths, rows.kv_packing.lengths, strict=True)
+        signed = query.new_empty(heads * sum(queries * keys for queries, keys in lengths))
+        levels, threshold = random_levels(len(signed)), drop_below(dropout)
+        out = torch.zeros_like(query)
+        start = 0
+        for row, queries, keys in rows:
+            q, k, v = _heads_first(query, queries), _heads_first(key, keys), _heads_first(value, keys)
+            shape = heads, q.shape[1], k.shape[1]
+            stop = start + shape[0] * shape[1] * shape[2]
+            probabilities = signed[start:stop].view(shape)
+            torch.baddbmm(probabilities, q, k.transpose(1, 2), beta=0, alpha=scaling, out=probabilities)
+            if (bias := rows.bias_in(row)) is not None:
+                probabilities += bias
+            if (hidden := rows.hidden_in(row)) is not None:
+                probabilities.masked_fill_(hidden, torch.finfo(probabilities.dtype).min)
+            torch.softmax(probabilities, -1, out=probabilities)
+            # +1 where kept, -1 where dropped
+            kept = levels[start:stop].view(shape) >= threshold
+            probabilities.mul_(kept.to(probabilities.dtype).mul_(2).sub_(1))
+            _heads_first(out, queries).copy_(torch.bmm(probabilities.clamp(min=0), v))
+            start = stop
+        out.mul_(1.0 / keep_rate(dropout))
+        ctx.save_for_backward(query, key, value, position_bias, out, signed)
+        ctx.rows, ctx.scaling, ctx.keep_rate = rows, scaling, keep_rate(dropout)
+        return out.to(ctx.save_dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, position_bias, out, signed = ctx.saved_tensors
+        grad = grad.to(query.dtype)
+        # the row sum of dP * P, which equals dO . O, dropout or not: (heads, tokens, 1)
+        delta = (grad * out).sum(-1).transpose(0, 1).unsqueeze(-1)
+        grad = grad * (1.0 / ctx.keep_rate)
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        grad_bias = torch.zeros_like(position_bias, dtype=query.dtype) if ctx.needs_input_grad[3] else None
+        start = 0
+        for row, queries, keys in ctx.rows:
+            q, g = _heads_first(query, queries), _heads_first(grad, queries)
+            k, v = _heads_first(key, keys), _heads_first(value, keys)
+            shape = q.shape[0], q.shape[1], k.shape[1]
+            stop = start + shape[0] * shape[1] * shape[2]
+            probabilities = signed[start:stop].view(shape)
+            kept = probabilities.clamp(min=0)
+            _heads_first(grad_value, keys).copy_(torch.bmm(kept.transpose(1, 2), g))
+            # dS = P * (dP - delta), with dP zero where dropped
+            scores = torch.bmm(g, v.transpose(1, 2)).mul_(kept)
+            scores.addcmul_(probabilities.abs(), delta[:, queries], value=-1)
+            _heads_first(grad_query, queries).copy_(torch.bmm(scores, k))
+            _heads_first(grad_key, keys).copy_(torch.bmm(scores.transpose(1, 2), q))
+            if grad_bias is not None:
+                # the slots of a row are distinct, so adding at an index loses nothing
+                grad_bias[ctx.rows.bias_index(row)] += scores
+            start = stop
+        grad_query.mul_(ctx.scaling)
+        grad_key.mul_(ctx.scaling)
+        grads = (x.to(ctx.save_dtype) for x in (grad_query, grad_key, grad_value))
+        return *grads, None if grad_bias is None else grad_bias.to(position_bias.dtype), None, None, None
