@@ -126,7 +126,7 @@ BAD = {
     "columns": ("seed: 42", "remove_unused_columns: false", "r.yaml:21: train.remove_unused_columns: not for a recipe"),
     "stage": ("stage: train", "stage: trian", "r.yaml:3: stage: expected 'train', got the string 'trian'; did you mean train?"),  # noqa: E501
     "task type": ("text-classification", "text-clasification", "r.yaml:7: task.type: unknown task text-clasification; did you mean text-classification?"),  # noqa: E501
-    "our type": ("max_length: 128", "max_length: '128'", "r.yaml:8: task.max_length: expected a whole number"),  # noqa: E501
+    "our type": ("max_length: 128", "max_length: '128'", "r.yaml:8: task.max_length: expected a whole number"),
     "our range": ("max_length: 128", "max_length: 0", "r.yaml:8: task.max_length: expected greater than 0, got 0"),
     "share": ("validation: 0.1", "validation: 1", "r.yaml:15: data.validation: expected less than 1, got 1"),
     "role": ("{text: Text", "{txt: Text", "r.yaml:14: data.columns.txt: expected 'text', 'text_pair' or 'label', got the string 'txt'; did you mean text?"),  # noqa: E501

@@ -41,15 +41,15 @@ def load_splits(section: DataSection, roles: Sequence[str], seed: int, labels: l
     if "train" not in splits and labels is None:
         raise UserError(f"data {section.path}: no train split; it has {', '.join(raw)}; name one under data.splits")
     notes: list[str] = []
+    names = labels
+    if "label" in roles:
+        names = labels if labels is not None else _label_names(splits["train"])
+        splits = {name: _numbered(rows, name, names) for name, rows in splits.items()}
     if section.limit is not None:
         splits = {
             name: rows.shuffle(seed=seed).select(range(min(section.limit, len(rows)))) for name, rows in splits.items()
         }
         notes.append(f"data.limit: {section.limit} rows of each split")
-    names = labels
-    if "label" in roles:
-        names = labels if labels is not None else _label_names(splits["train"])
-        splits = {name: _numbered(rows, name, names) for name, rows in splits.items()}
     if "validation" not in splits and "train" in splits:
         held_out, note = _hold_out(splits["train"], section.validation, seed, "label" in roles)
         splits |= {"train": held_out["train"], "validation": held_out["test"]}
@@ -142,7 +142,9 @@ def _label_names(train: Dataset) -> list[str]:
     if None in values:
         row = train["row"][list(train["label"]).index(None)]
         raise UserError(f"data: train row {row}: the label is missing")
-    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool") or _is_integer(feature)):
+    if not (
+        (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool")) or _is_integer(feature)
+    ):
         raise UserError(f"data: labels are {feature}; a class is a word or a whole number")
     # numbers in their own order, not as words
     return [str(value) for value in sorted(values)]
@@ -174,7 +176,9 @@ def _hold_out(train: Dataset, share: float, seed: int, by_label: bool) -> tuple[
     note = f"validation: {size} rows held out of train"
     if by_label:
         try:
-            return train.train_test_split(size, seed=seed, stratify_by_column="label"), f"{note}, in proportion by label"
+            return train.train_test_split(
+                size, seed=seed, stratify_by_column="label"
+            ), f"{note}, in proportion by label"
         except ValueError:
             # a class of one row, or more classes than held-out rows
             note += "; too few rows of some label to hold out in proportion"

@@ -483,7 +483,7 @@ def _explained(error: ErrorDetails, values: dict[Any, Any]) -> Iterator[tuple[Ke
     elif error["type"] == "contradiction":
         for below, text in context["found"]:
             yield (*keys, *below), text
-    elif keys and not isinstance(keys[-1], str) and error["loc"][-1] == "[key]" or error["type"] == "invalid_key":
+    elif (keys and not isinstance(keys[-1], str) and error["loc"][-1] == "[key]") or error["type"] == "invalid_key":
         yield keys, f"a key is a string; write {keys[-1]!r} in quotes if you mean it"
     elif error["msg"].startswith("Input should be "):
         expected = error["msg"].removeprefix("Input should be ")

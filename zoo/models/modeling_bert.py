@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
@@ -149,9 +149,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         inputs = input_ids if input_ids is not None else inputs_embeds
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return self.plan_packing(
-            inputs, attention_mask, pooled=self.pooler is not None, cached_tokens=cached, **kwargs
-        )
+        return self.plan_packing(inputs, attention_mask, pooled=self.pooler is not None, cached_tokens=cached, **kwargs)
 
     @capture_outputs
     def _encode(
@@ -272,9 +270,7 @@ class ZooBertForPreTraining(_BertPredictor):
         next_sentence_label=None,
         **kwargs,
     ) -> ZooBertForPreTrainingOutput:
-        output, packing = self._run(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         relation = self.cls.seq_relationship(output.pooler_output)
         both = labels is not None and next_sentence_label is not None
         loss, logits = self._predict(output.last_hidden_state, labels if both else None, packing, None)
@@ -301,9 +297,7 @@ class ZooBertForMaskedLM(_BertPredictor):
         num_items_in_batch=None,
         **kwargs,
     ) -> MaskedLMOutput:
-        output, packing = self._run(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self._predict(output.last_hidden_state, labels, packing, num_items_in_batch)
         return MaskedLMOutput(loss, logits, **_recorded(output, packing))
 
@@ -327,9 +321,7 @@ class ZooBertForNextSentencePrediction(_BertHead):
         labels=None,
         **kwargs,
     ) -> NextSentencePredictorOutput:
-        output, packing = self._run(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.cls.seq_relationship(output.pooler_output)
         loss = None if labels is None else token_loss(logits, labels.view(-1))
         return NextSentencePredictorOutput(loss, logits, **_recorded(output, packing))
@@ -353,9 +345,7 @@ class ZooBertForSequenceClassification(_BertHead):
         labels=None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        output, packing = self._run(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(output.pooler_output))
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return SequenceClassifierOutput(loss, logits, **_recorded(output, packing))
@@ -407,9 +397,7 @@ class ZooBertForTokenClassification(_BertHead):
         labels=None,
         **kwargs,
     ) -> TokenClassifierOutput:
-        output, packing = self._run(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(output.last_hidden_state))
         loss = None if labels is None else token_loss(logits.flatten(0, -2), _token_labels(labels, packing))
         return TokenClassifierOutput(loss, _padded(logits, packing), **_recorded(output, packing))
@@ -435,17 +423,13 @@ class ZooBertForQuestionAnswering(_BertHead):
         end_positions=None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        output, packing = self._run(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(output.last_hidden_state)
         start, end = _padded(logits, packing, fill=torch.finfo(logits.dtype).min).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start, end, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
-            loss, start.contiguous(), end.contiguous(), **_recorded(output, packing)
-        )
+        return QuestionAnsweringModelOutput(loss, start.contiguous(), end.contiguous(), **_recorded(output, packing))
 
 
 # every BERT head holds a ZooBertModel, whose map serves them all

@@ -177,7 +177,9 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
             hidden_states = layer(
                 hidden_states, masks.of_layer(index), past_key_values=past_key_values, packing=packing, **kwargs
             )
-        return BaseModelOutputWithPastAndCrossAttentions(self.ln_f(hidden_states), past_key_values if use_cache else None)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            self.ln_f(hidden_states), past_key_values if use_cache else None
+        )
 
 
 def _cached_tokens(past_key_values: Cache | None) -> int:

@@ -1,0 +1,176 @@
+"""The command line: parse, load the recipe, call one function of zoo, print."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zoo.errors import RunError, UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+bench = typer.Typer(no_args_is_help=True, help="Measure native against official classes, interleaved in one process.")
+app.add_typer(bench, name="bench")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=3e-5.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+@app.callback()
+def main() -> None:
+    """Train and adapt transformers from one recipe."""
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Turns the ways to fail into words and an exit status: 2 the user's words, 1 the run, 130 interrupted."""
+    try:
+        yield
+    except UserError as error:
+        typer.secho(f"zoo: {error}", err=True, fg="red")
+        raise typer.Exit(2) from None
+    except RunError as error:
+        typer.secho(f"zoo: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.secho("zoo: interrupted; continue with --resume", err=True, fg="yellow")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _only_json(wanted: bool) -> Iterator[Any]:
+    """With --json, everything a library prints goes to standard error; yields where the answer goes."""
+    answer = sys.stdout
+    if wanted:
+        sys.stdout = sys.stderr
+    try:
+        yield answer
+    finally:
+        sys.stdout = answer
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where the model goes; default runs/<name>.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Shrink the recipe to a few seconds, to try it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output directory.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train by a recipe and evaluate the best checkpoint on the test split.
+
+    Examples:
+
+      zoo train bert/finetune-topics
+
+      zoo train my-recipe.yaml train.num_train_epochs=3 --output-dir runs/three-epochs
+
+      zoo train my-recipe.yaml --smoke
+    """
+    with _ending(), _only_json(as_json) as answer:
+        from zoo.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        loaded = loaded.smoke() if smoke else loaded
+        directory = output_dir or Path("runs") / (loaded.name + ("-smoke" if smoke else ""))
+        from zoo.train import quiet_libraries, run
+
+        quiet_libraries()
+        metrics = run(loaded, directory, resume)
+        _report(metrics, f"{loaded.name}: the model is in {directory}", as_json, answer, directory)
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="A directory that zoo train has made.")],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a finished model on a split of its data, or of other data with the same labels.
+
+    Examples:
+
+      zoo evaluate runs/bert-finetune-topics
+
+      zoo evaluate runs/bert-finetune-topics data.path=mine data.files='{test: mine.csv}' data.options={}
+    """
+    with _ending(), _only_json(as_json) as answer:
+        if split not in ("train", "validation", "test"):
+            raise UserError(f"--split {split}: it is one of train, validation, test")
+        from zoo.evaluation import run
+        from zoo.train import quiet_libraries
+
+        quiet_libraries()
+        _report(run(directory, split, overrides or []), f"{directory} on {split}", as_json, answer, directory)
+
+
+@bench.command("finetune")
+def bench_finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    max_length: Annotated[
+        list[int] | None, typer.Option(help="Tokens a text; repeatable. Default 128 and 256.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each both sides; the median counts.")] = 5,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps a side and round, after one to warm up.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tuning and evaluation speed of the native class against the official one, on a recipe as it stands.
+
+    Example:
+
+      zoo bench finetune bert/finetune-topics --max-length 128
+    """
+    with _ending(), _only_json(as_json) as answer:
+        from zoo.bench import run, table
+        from zoo.recipe import load_recipe
+        from zoo.train import quiet_libraries
+
+        quiet_libraries()
+        result = run(load_recipe(recipe, overrides or []), max_length or [128, 256], rounds, steps)
+        print(json.dumps(result) if as_json else table(result), file=answer)
+
+
+# what a person wants to see first, and how
+_SHOWN = {
+    "accuracy": "{:.4f}",
+    "f1_macro": "{:.4f}",
+    "loss": "{:.4f}",
+    "samples_per_second": "{:.1f}",
+    "runtime": "{:.0f} s",
+    "peak_memory_bytes": "{:,.0f}",
+}
+
+
+def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, directory: Path) -> None:
+    if as_json:
+        print(json.dumps({"directory": str(directory), **metrics}), file=answer)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        shape = next((shape for ending, shape in _SHOWN.items() if name.endswith(ending)), None)
+        if name == "peak_memory_bytes":
+            table.add_row("peak memory", f"{value / 2**20:,.0f} MiB")
+        elif shape is not None:
+            table.add_row(name, shape.format(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    # `python cli.py` from a checkout
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()

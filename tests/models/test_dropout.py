@@ -1,0 +1,124 @@
+"""Dropout from 16-bit draws: its rate, its scale, its gradient, and torch's own wherever a graph is taken."""
+
+import pytest
+import torch
+from torch import nn
+
+from zoo.models.dropout import LEVELS, Dropout, drop_below, keep_rate, random_levels
+
+RATES = [0.1, 0.25, 0.9]
+
+
+def drop(p, inputs, seed=0):
+    torch.manual_seed(seed)
+    return Dropout(p).train()(inputs)
+
+
+def test_nothing_or_everything_is_dropped_at_the_ends():
+    inputs = torch.randn(5, 7)
+    assert torch.equal(drop(0.0, inputs), inputs)
+    assert torch.equal(drop(1.0, inputs), torch.zeros(5, 7))
+    assert Dropout(0.4).eval()(inputs) is inputs
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Dropout(1.5)
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_threshold_drops_the_share_it_says(p):
+    """Over all 65,536 levels, exactly; and the share is within half a level of p."""
+    levels = torch.arange(-LEVELS // 2, LEVELS // 2, dtype=torch.int32).to(torch.int16)
+    dropped = (levels < drop_below(p)).double().mean().item()
+    assert dropped == 1 - keep_rate(p)
+    assert abs(dropped - p) <= 0.5 / LEVELS
+
+
+def test_levels_are_uniform_in_each_lane():
+    """Every fourth value would never have its top bit set, were the range of `random_` left open."""
+    torch.manual_seed(0)
+    count = 1 << 20
+    lanes = random_levels(count).view(-1, 4)
+    for lane in lanes.unbind(1):
+        for bit in range(16):
+            share = ((lane.int() >> bit) & 1).double().mean().item()
+            assert abs(share - 0.5) < 4 * 0.5 / (count / 4) ** 0.5, f"bit {bit}"
+        # chi-square over 256 bins: 255 +- 4 sigma
+        counts = torch.bincount((lane.int() + LEVELS // 2) // 256, minlength=256).double()
+        statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum().item()
+        assert abs(statistic - 255) < 4 * (2 * 255) ** 0.5
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_keep_rate_of_each_lane_and_scale(p):
+    output = drop(p, torch.ones(1 << 20, dtype=torch.float64))
+    kept = output != 0
+    assert torch.equal(output[kept], torch.full_like(output[kept], 1 / keep_rate(p)))
+    lanes = kept.view(-1, 4).double()
+    sigma = (p * (1 - p) / len(lanes)) ** 0.5
+    assert ((lanes.mean(0) - keep_rate(p)).abs() < 4 * sigma).all()
+    correlation = torch.corrcoef(lanes.T) - torch.eye(4)
+    assert correlation.abs().max() < 4 / len(lanes) ** 0.5
+    later = (lanes[1:] - lanes.mean()) * (lanes[:-1] - lanes.mean())
+    assert (later.mean(0).abs() < 4 * sigma**2 * len(lanes) ** 0.5).all(), "neighbouring words"
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 13), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_output_and_gradient_are_mask_times_scale(shape, dtype):
+    """The mask of a seed is read off a tensor of ones; any other input and gradient must meet the same one."""
+    mask = drop(0.3, torch.ones(shape, dtype=dtype)) != 0
+    inputs = torch.randn(shape).to(dtype).requires_grad_()
+    upstream = torch.randn(shape).to(dtype)
+    output = drop(0.3, inputs)
+    assert output.dtype == dtype
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(output, inputs.detach() * mask * (1 / keep_rate(0.3)), **tolerance)
+    (gradient,) = torch.autograd.grad(output, inputs, upstream)
+    torch.testing.assert_close(gradient, upstream * mask * (1 / keep_rate(0.3)), **tolerance)
+
+
+def test_strides_do_not_move_the_mask():
+    inputs = torch.randn(6, 10, 4)
+    for view in (inputs.transpose(0, 1), inputs[:, ::3], inputs[..., 1], inputs[:1].expand(6, 10, 4)):
+        strided = view.detach().requires_grad_()
+        output, expected = drop(0.5, strided), drop(0.5, view.clone(memory_format=torch.contiguous_format))
+        assert torch.equal(output, expected)
+        (gradient,) = torch.autograd.grad(output.sum(), strided)
+        assert torch.equal(gradient * view, expected)
+
+
+def test_gradcheck():
+    inputs = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: drop(0.4, x), inputs)
+
+
+def test_only_torchs_seed_matters_and_its_state_can_be_restored():
+    inputs = torch.ones(1000)
+    assert torch.equal(drop(0.5, inputs, seed=3), drop(0.5, inputs, seed=3))
+    assert not torch.equal(drop(0.5, inputs, seed=3), drop(0.5, inputs, seed=4))
+    state = torch.get_rng_state()
+    first, second = Dropout(0.5)(inputs), Dropout(0.5)(inputs)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(Dropout(0.5)(inputs), first)
+
+
+def test_an_exported_or_compiled_model_has_torchs_own_dropout():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = Dropout(0.3)
+
+        def forward(self, x):
+            return self.dropout(x) + 1
+
+    net, inputs = Net().train(), torch.ones(400)
+    torch.manual_seed(0)
+    expected = nn.functional.dropout(inputs, 0.3) + 1
+    exported = torch.export.export(net, (inputs,))
+    assert torch.ops.aten.dropout.default in {node.target for node in exported.graph.nodes}
+    torch.manual_seed(0)
+    assert torch.equal(exported.module()(inputs), expected)
+    torch.manual_seed(0)
+    assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(inputs), expected)
+    torch.manual_seed(0)
+    assert not torch.equal(net(inputs), expected)

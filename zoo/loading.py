@@ -1,0 +1,194 @@
+"""A model and its tokenizer from a recipe: native or official, its variant; and the proof that its weights arrived."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from zoo.errors import RunError, UserError, did_you_mean
+from zoo.recipe import ModelSection
+from zoo.sources import resolve
+
+# what from_pretrained raises for files that are missing, damaged or of the wrong shape
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    source = resolve(section.path, kind="model", revision=section.revision)
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision or "main", trust_remote_code=section.trust_remote_code
+        )
+    except _LOAD_ERRORS as error:
+        raise UserError(f"model {section.path}: its tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def load_model(section: ModelSection, auto_class: str, labels: list[str] | None = None) -> PreTrainedModel:
+    """The recipe's model in fp32, with a head for `labels`; its weights are compared with the files.
+
+    Raises UserError where the recipe or the checkpoint is wrong, RunError if weights did not arrive.
+    """
+    source = resolve(section.path, kind="model", revision=section.revision)
+    location, revision = source.location, source.revision or "main"
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"model {section.path}: no readable config.json: {_first_line(error)}") from error
+    changes = dict(section.config)
+    if labels:
+        changes |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
+    model_type = fields.get("model_type")
+    if section.implementation == "native":
+        model_class = _native_class(section.path, model_type, auto_class)
+        changes |= {"attention": section.attention, "attention_kwargs": section.attention_kwargs}
+        if section.attention == "full":
+            # a variant checkpoint keeps its own attention unless the recipe names another
+            changes = {key: value for key, value in changes.items() if not key.startswith("attention")} | {
+                key: fields[key] for key in ("attention", "attention_kwargs") if key in fields
+            }
+        config = _config(section, model_class.config_class, location, revision, changes)
+    else:
+        if str(model_type).startswith("zoo_"):
+            raise UserError(f"model {section.path}: a native checkpoint ({model_type}); use implementation: native")
+        config = _config(section, AutoConfig, location, revision, changes)
+        model_class = getattr(transformers, auto_class)
+    arguments: dict[str, Any] = {"config": config, "revision": revision, "dtype": torch.float32}
+    if section.attn_implementation is not None:
+        arguments["attn_implementation"] = section.attn_implementation
+    if section.implementation == "official":
+        arguments["trust_remote_code"] = section.trust_remote_code
+    model = _open(section.path, model_class, location, arguments)
+    if section.implementation == "native":
+        model.set_ragged(section.ragged)
+    if source.kind != "hub":
+        assert_same_weights(model, Path(location))
+    return model
+
+
+def _native_class(path: str, model_type: str | None, auto_class: str) -> type[PreTrainedModel]:
+    from zoo.models import FAMILIES
+
+    family = str(model_type).removeprefix("zoo_")
+    if family not in FAMILIES:
+        raise UserError(
+            f"model {path}: no native class for the type {model_type!r}, only for {', '.join(FAMILIES)}; "
+            "use implementation: official"
+        )
+    module, base, _ = FAMILIES[family]
+    if auto_class not in base.auto_map:
+        raise UserError(f"model {path}: the native {family} has no {auto_class}; use implementation: official")
+    return getattr(module, base.auto_map[auto_class].rpartition(".")[2])
+
+
+def _config(section: ModelSection, config_class, location, revision: str, changes: dict) -> PreTrainedConfig:
+    try:
+        config = config_class.from_pretrained(location, revision=revision)
+        known = set(config.to_dict()) | set(type(config).attribute_map)
+        for key in section.config:
+            if key not in known:
+                raise UserError(
+                    f"model.config.{key}: {type(config).__name__} has no such field{did_you_mean(key, known)}"
+                )
+        return config_class.from_pretrained(location, revision=revision, **changes)
+    except UserError:
+        raise
+    except (*_LOAD_ERRORS, TypeError) as error:
+        raise UserError(f"model {section.path}: its config is refused: {_message(error)}") from error
+
+
+def _open(path: str, model_class, location, arguments: dict[str, Any]) -> PreTrainedModel:
+    try:
+        model, info = model_class.from_pretrained(
+            location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    except _LOAD_ERRORS as error:
+        raise UserError(
+            f"model {path}: its weights cannot be read: {_message(error)}; fetch or copy the checkpoint again"
+        ) from error
+    base = model.base_model_prefix
+    allowed = re.compile(rf"^(?!{base}\.)|^{base}\.pooler\.")
+    wrong = {
+        "missing": [key for key in info["missing_keys"] if not allowed.match(key)],
+        "of another shape": [key for key, *_ in info["mismatched_keys"] if not allowed.match(key)],
+    }
+    # without a head, a checkpoint has no prefix; its base weights are those the model would have had a place for
+    own = {key.removeprefix(f"{base}.") for key in model.state_dict() if key.startswith(f"{base}.")}
+    stems = {key.split(".")[0] for key in own}
+    wrong["unexpected"] = [
+        key for key in info["unexpected_keys"] if key.removeprefix(f"{base}.").split(".")[0] in stems - {"pooler"}
+    ]
+    for kind, keys in wrong.items():
+        if keys:
+            listed = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise UserError(f"model {path}: {len(keys)} weights are {kind}: {listed}; is it a whole checkpoint?")
+    return model
+
+
+def assert_same_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Raises RunError unless the model holds exactly the tensors saved in `directory`, a task's new head aside."""
+    files = _weight_files(directory)
+    if not files:
+        return  # older formats, which safetensors cannot open; from_pretrained reported on them
+    plain = {name: tensor for name, tensor in model.state_dict().items()}
+    held = revert_weight_conversion(model, plain)
+    prefix = f"{model.base_model_prefix}."
+    compared, different = 0, []
+    for file in files:
+        with safe_open(file, framework="pt") as saved:
+            for name in saved.keys():  # noqa: SIM118 (not a dict)
+                key = next(
+                    (k for k in (name, prefix + name, name.removeprefix(prefix), _new_norm(name)) if k in held), None
+                )
+                if key is None:
+                    continue
+                compared += 1
+                tensor = saved.get_tensor(name)
+                ours = held[key].detach().cpu()
+                if tensor.shape != ours.shape:
+                    continue  # a head for other labels, which the load has allowed
+                if not torch.equal(tensor.to(ours.dtype), ours):
+                    different.append(name)
+    if different or compared == 0:
+        what = f"{len(different)} tensors differ, such as {different[0]}" if different else "no tensor was found again"
+        raise RunError(f"the weights in {directory} did not arrive in the model: {what}; please report this")
+
+
+def assert_same_adapter(model: PeftModel, directory: Path) -> None:
+    """Raises RunError unless the active adapter holds exactly the tensors saved in `directory`."""
+    held = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    saved = load_file(directory / "adapter_model.safetensors")
+    different = [name for name in saved if name not in held or not torch.equal(saved[name], held[name].detach().cpu())]
+    if different or saved.keys() != held.keys():
+        names = ", ".join(sorted(different or set(held) ^ set(saved))[:3])
+        raise RunError(f"the adapter in {directory} did not arrive in the model: {names}; please report this")
+
+
+def _new_norm(name: str) -> str:
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [directory / name for name in sorted(names)]
+    single = directory / "model.safetensors"
+    return [single] if single.exists() else []
+
+
+def _message(error: BaseException) -> str:
+    """An error of the libraries in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:400] if lines else type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

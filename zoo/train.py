@@ -1,0 +1,171 @@
+"""The stage `train`: a recipe in, a model directory out.
+
+The directory holds the model and tokenizer, `recipe.yaml` as resolved, `metrics.json`, `events.jsonl`, a card, and the
+run's `checkpoints/`, from which it resumes.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+from zoo.data import load_splits
+from zoo.errors import UserError
+from zoo.files import write_json, write_text
+from zoo.loading import load_model, load_tokenizer
+from zoo.memory import keep_freed_memory, peak_memory_bytes
+from zoo.recipe import Recipe
+from zoo.tasks import TASKS, Task
+from zoo.trainer import EventLog, ZooTrainer, newest_complete
+
+METRICS = "metrics.json"
+RECIPE = "recipe.yaml"
+
+
+def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:
+    """Trains, chooses the best checkpoint on the validation split, reads the test split once; returns the metrics.
+
+    resume: continue an unfinished run in `output_dir`, or report a finished one. Raises UserError for a directory in
+    use, wrong data or a wrong checkpoint; RunError for a run that cannot go on.
+    """
+    checkpoint = _prepare(recipe, output_dir, resume)
+    if (output_dir / METRICS).exists():
+        print(f"{output_dir} is finished; nothing is trained again")
+        return json.loads((output_dir / METRICS).read_text())
+    task = TASKS[recipe.task.type]
+    arguments = training_arguments(recipe, output_dir)
+    keep_freed_memory()
+    set_seed(arguments.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    splits = load_splits(recipe.data, task.roles, arguments.seed)
+    for note in splits.notes:
+        print(note)
+    model = load_model(recipe.model, task.auto_class, splits.labels)
+    events = EventLog(output_dir / "events.jsonl")
+    check_length(recipe, model)
+    train_rows, eval_rows = (encoded(rows, recipe, task, tokenizer) for rows in (splits.train, splits.validation))
+    trainer = build_trainer(task, model, tokenizer, arguments, train_rows, eval_rows)
+    trainer.add_callback(events)
+    trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = dict(trained.metrics)
+    metrics |= trainer.evaluate()
+    if splits.test is not None:
+        test_rows = encoded(splits.test, recipe, task, tokenizer)
+        metrics |= trainer.evaluate(test_rows, metric_key_prefix="test")
+    metrics["peak_memory_bytes"] = peak_memory_bytes()
+    # a step is a batch of any size, so their rate says nothing beside that of the samples
+    metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
+    _save(recipe, trainer.model, tokenizer, metrics, output_dir)
+    events.write("finished", trainer.state.global_step, metrics)
+    return metrics
+
+
+def _prepare(recipe: Recipe, output_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue from, if any; refuses a directory that holds something else."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output-dir {output_dir}: a file of that name exists")
+    old = output_dir / RECIPE
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not old.exists():
+            raise UserError(f"--output-dir {output_dir}: not empty, and not a run of zoo; choose another directory")
+        if not resume:
+            state = "finished" if (output_dir / METRICS).exists() else "unfinished"
+            raise UserError(
+                f"--output-dir {output_dir}: holds a {state} run; add --resume to continue it, delete it, or choose "
+                "another --output-dir"
+            )
+        if old.read_text(encoding="utf-8") != recipe.to_yaml():
+            raise UserError(f"--output-dir {output_dir}: its run had another recipe ({old}); choose another directory")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(old, recipe.to_yaml())
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
+    return newest_complete(output_dir / "checkpoints")
+
+
+def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
+    """The recipe's `train` section, verbatim, with what the project decides."""
+    try:
+        return TrainingArguments(
+            output_dir=str(output_dir / "checkpoints"),
+            remove_unused_columns=False,
+            **{"report_to": "none", "dataloader_pin_memory": torch.accelerator.is_available(), **recipe.train},
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"train: refused by transformers: {str(error).splitlines()[0]}") from error
+
+
+def encoded(rows, recipe: Recipe, task: Task, tokenizer):
+    """The rows as the model reads them, and their numbers in the data."""
+    drop = [column for column in rows.column_names if column != "row"]
+    return rows.map(task.encode(tokenizer, recipe.task), batched=True, remove_columns=drop, desc="Tokenising")
+
+
+def build_trainer(
+    task: Task,
+    model,
+    tokenizer,
+    arguments: TrainingArguments,
+    train_rows=None,
+    eval_rows=None,
+    trainer_class=ZooTrainer,
+) -> ZooTrainer:
+    """A Trainer on encoded rows."""
+    return trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=task.collate(tokenizer),
+        compute_metrics=task.metrics,
+        processing_class=tokenizer,
+    )
+
+
+def check_length(recipe: Recipe, model) -> None:
+    """Raises UserError where texts may be longer than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and recipe.task.max_length > positions:
+        raise UserError(f"task.max_length: {recipe.task.max_length}, but the model has {positions} positions")
+
+
+def _save(recipe: Recipe, model, tokenizer, metrics: dict[str, Any], output_dir: Path) -> None:
+    """Moves the finished files into place one by one; metrics.json, which says that the run is finished, is last."""
+    new = output_dir / ".model"
+    shutil.rmtree(new, ignore_errors=True)
+    # standard attention is saved as the official class, so that any tool opens it
+    official = recipe.model.implementation == "native" and not _has_variant(model)
+    model.save_pretrained(new, **({"official": True} if official else {}))
+    tokenizer.save_pretrained(new)
+    write_text(new / "README.md", _card(recipe, metrics))
+    for file in sorted(new.iterdir()):
+        os.replace(file, output_dir / file.name)
+    new.rmdir()
+    write_json(output_dir / METRICS, metrics)
+
+
+def _has_variant(model) -> bool:
+    from zoo.models.pretrained import is_standard
+
+    return not is_standard(model.config)
+
+
+def _card(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    results = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    return (
+        f"# {recipe.name}\n\n`{recipe.task.type}`, from `{recipe.model.path}` on `{recipe.data.path}`, "
+        f"by the recipe in `recipe.yaml`.\n\n| metric | value |\n|---|---|\n{results}\n\n"
+        f'```python\nfrom transformers import pipeline\n\npipeline("{recipe.task.type}", ".")("a text")\n```\n'
+    )
+
+
+def quiet_libraries() -> None:
+    """Only errors of the libraries, whose reports on new heads are ours to judge, and no bars for reading files."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
