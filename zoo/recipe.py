@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says what a run is. Its schema, how it is read, merged and checked.
+"""A recipe: one YAML file that says what a run is. Its schema, how files and overrides are merged and checked.
 
 Nothing here imports torch or transformers: `zoo validate` answers in a fraction of a second.
 """
@@ -7,8 +7,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -25,18 +24,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import Node, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.nodes import Node
 from ruamel.yaml.representer import SafeRepresenter
 
 from zoo.errors import Keys, Place, Problems, UserError, did_you_mean, shown
 from zoo.library_schema import LibraryField, library_fields
+from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_file, read_override
 
 TASK_TYPES = ("text-classification",)
-
-MAX_BYTES = 256 * 1024
-MAX_VALUES = 20_000  # aliases can make a short file expand without end
 
 # Keys of TrainingArguments that this project decides: what to do instead.
 _OWNED_TRAIN_KEYS = {
@@ -44,12 +39,11 @@ _OWNED_TRAIN_KEYS = {
     "remove_unused_columns": "the task decides which columns reach the model; remove the key",
     "push_to_hub": "a run does not upload; remove the key and use 'zoo push' on the finished directory",
     "hub_": "a run does not upload; remove the key and use 'zoo push' on the finished directory",
+    "resume_from_checkpoint": "add --resume to the command; remove the key",
     "do_train": "the stage decides what runs; remove the key",
     "do_eval": "the stage decides what runs; remove the key",
     "do_predict": "the stage decides what runs; remove the key",
 }
-
-BASE, RECIPE, COMMAND_LINE = range(3)  # who wins: the later
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -266,193 +260,6 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-# Values and where they were written
-
-
-@dataclass
-class Written:
-    """Values as written, and the place of each."""
-
-    values: dict[Any, Any]
-    places: dict[Keys, Place]
-
-    def place(self, keys: Keys) -> Place:
-        """The place of the value, or of the nearest mapping around it."""
-        return next(self.places[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.places)
-
-    def merge(self, new: "Written") -> None:
-        """Lay `new` over this: mappings merge; anything else, an empty mapping too, replaces."""
-        self._merge(self.values, new.values, new.places, ())
-
-    def _merge(self, values: dict[Any, Any], over: dict[Any, Any], places: dict[Keys, Place], keys: Keys) -> None:
-        for key, value in over.items():
-            here = (*keys, key)
-            if value and isinstance(value, dict) and isinstance(values.get(key), dict):
-                self._merge(values[key], value, places, here)
-            else:
-                values[key] = value
-                kept = {k: p for k, p in self.places.items() if k[: len(here)] != here}
-                self.places = kept | {k: p for k, p in places.items() if k[: len(here)] == here}
-
-
-# YAML to values
-
-
-class _Reader:
-    """Turns YAML nodes into plain values. No tag is ever executed."""
-
-    def __init__(self, place: Callable[[int], Place], problems: Problems) -> None:
-        self.place = place  # of a line, counted from 1
-        self.problems = problems
-        self.places: dict[Keys, Place] = {}
-        self.count = 0
-        self.open: list[Node] = []  # the nodes around the current one: an alias to one of them has no end
-
-    def compose(self, text: str) -> Node | None:
-        if re.search(r"^%YAML\s+(?!1\.2\s)", text, re.MULTILINE):
-            raise UserError(f"{self.place(1).label}: recipes are YAML 1.2; remove the %YAML line")
-        try:
-            node: Node | None = YAML(typ="safe", pure=True).compose(text)
-            return node
-        except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line, what = (mark.line + 1 if mark else 1), str(error.problem or error.context)
-        except ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            what = f"the character #x{error.character:04x} is not text"
-        except (YAMLError, ValueError) as error:
-            line, what = 1, str(error).splitlines()[0]
-        except RecursionError:
-            line, what = 1, "nested too deep"
-        raise UserError(f"{self.place(line).label}: not YAML: {what}; {_yaml_remedy(what)}")
-
-    def value(self, node: Node, keys: Keys) -> Any:
-        self.count += 1
-        line = node.start_mark.line + 1
-        if self.count > MAX_VALUES:
-            raise UserError(f"{self.place(line).label}: more than {MAX_VALUES} values; aliases (*) repeat too much")
-        if node in self.open:
-            raise UserError(f"{self.place(line).label}: an alias (*) refers to a value that contains it; write it out")
-        if _kind(node) not in _READ_TAGS:
-            tag = str(node.tag).replace(_TAG_PREFIX, "!!")
-            self.problems.add(self.place(line), keys, f"the tag {tag} is not read (nothing is executed); remove it")
-            return None
-        if isinstance(node, ScalarNode):
-            return self._scalar(node, keys)
-        self.open.append(node)
-        value = self._sequence(node, keys) if isinstance(node, SequenceNode) else self._mapping(node, keys)
-        self.open.pop()
-        return value
-
-    def _scalar(self, node: ScalarNode, keys: Keys) -> Any:
-        kind, text = _kind(node), str(node.value)
-        try:
-            if kind == "int":
-                sign, digits = (text[0], text[1:]) if text[0] in "+-" else ("", text)
-                return int(sign + digits, 0 if digits[1:2] in ("x", "o", "b") else 10)
-            if kind == "float":
-                return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
-        except (ValueError, IndexError):
-            self.problems.add(self.place(node.start_mark.line + 1), keys, f"{text!r} is not written as a number")
-            return None
-        if kind == "bool":
-            return text.lower() == "true"
-        return None if kind == "null" else text
-
-    def _sequence(self, node: SequenceNode, keys: Keys) -> list[Any]:
-        values = []
-        for index, item in enumerate(node.value):
-            self.places[(*keys, index)] = self.place(item.start_mark.line + 1)
-            values.append(self.value(item, (*keys, index)))
-        return values
-
-    def _mapping(self, node: Node, keys: Keys) -> dict[Any, Any]:
-        values: dict[Any, Any] = {}
-        lines: dict[Any, int] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            key = self.value(key_node, keys) if isinstance(key_node, ScalarNode) else None
-            here = (*keys, key)
-            if _kind(key_node) == "merge":
-                self.problems.add(self.place(line), (*keys, "<<"), "not in YAML 1.2; repeat the keys, or use extends:")
-            elif key is None:
-                self.problems.add(self.place(line), keys, "a key is a plain word; quote it, or write it out")
-            elif key in lines:
-                text = f"written twice, in line {lines[key]} and in line {line}; keep one"
-                self.problems.add(self.place(line), here, text)
-            else:
-                lines[key] = line
-                self.places[here] = self.place(line)
-                values[key] = self.value(value_node, here)
-        return values
-
-
-_TAG_PREFIX = "tag:yaml.org,2002:"
-_READ_TAGS = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge"}  # a date stays text
-
-_YAML_REMEDIES = {
-    r"'\t'": "indent with spaces, not tabs",
-    "undefined alias": "define it with & before it is used, or quote the *",
-    "mapping values": "quote a value that contains ': ', or check the indentation",
-    "another document": "a recipe is one document; remove the '---' line",
-    "is not text": "save the file as plain UTF-8 text",
-    "nested too deep": "write it flat",
-}
-
-
-def _kind(node: Node) -> str:
-    return str(node.tag).removeprefix(_TAG_PREFIX)
-
-
-def _yaml_remedy(what: str) -> str:
-    known = (remedy for part, remedy in _YAML_REMEDIES.items() if part in what)
-    return next(known, "check quotes, brackets and indentation there")
-
-
-def _read_file(path: Path, rank: int, problems: Problems) -> Written:
-    label = _display(path)
-    reader = _Reader(lambda line: Place(rank, line, f"{label}:{line}"), problems)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{label}: cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{label}: {len(data)} bytes, a recipe has at most {MAX_BYTES}; is it data, under data.path?")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{label}:{line}: not UTF-8 text; save the file as UTF-8") from None
-    node = reader.compose(text)
-    if node is None:
-        raise UserError(f"{label}:1: the recipe is empty; it needs name:, model:, task: and data:")
-    values = reader.value(node, ())
-    if values is None:
-        problems.raise_any()  # a tag on the whole document
-    if not isinstance(values, dict):
-        line = node.start_mark.line + 1
-        raise UserError(f"{label}:{line}: a recipe is a mapping of sections (name:, model:, ...), not {shown(values)}")
-    return Written(values, {(): reader.place(1)} | reader.places)
-
-
-def _read_override(text: str, number: int, problems: Problems) -> Written:
-    """`section.key=value`, the value in YAML, as a recipe with that one key."""
-    dotted, equals, value = text.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"command line: {text}: an override is written section.key=value")
-    if keys == ["extends"]:
-        raise UserError(f"command line: {text}: extends belongs in the recipe's file")
-    place = Place(COMMAND_LINE, number, f"command line: {text}", key=".".join(keys))
-    reader = _Reader(lambda _: place, problems)
-    node = reader.compose(value)
-    values: Any = None if node is None else reader.value(node, tuple(keys))
-    for n in range(len(keys), 0, -1):
-        reader.places[tuple(keys[:n])] = place
-        values = {keys[n - 1]: values}
-    return Written(values, reader.places)
-
-
 # Checks
 
 
@@ -554,7 +361,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     problems = Problems()
     written = _with_base(path, problems)
     for number, text in enumerate(overrides):
-        override = _read_override(text, number, problems)
+        override = read_override(text, number, problems)
         _refuse_below_a_value(written, override, problems)
         written.merge(override)
     recipe = _validated(written, problems)
@@ -568,7 +375,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _with_base(path: Path, problems: Problems) -> Written:
-    written = _read_file(path, RECIPE, problems)
+    written = read_file(path, RECIPE, problems)
     place = written.place(("extends",))
     extends = written.values.pop("extends", None)
     if extends is None:
@@ -577,7 +384,7 @@ def _with_base(path: Path, problems: Problems) -> Written:
         problems.add(place, ("extends",), f"expected a recipe's file or name, got {shown(extends)}")
         return written
     try:
-        base = _read_file(_find(extends, path.parent), BASE, problems)
+        base = read_file(_find(extends, path.parent), BASE, problems)
     except UserError as error:
         raise UserError(f"{place.label}: extends: {error}") from None
     if "extends" in base.values:
@@ -634,12 +441,7 @@ def _find(name: str, folder: Path = Path()) -> Path:
     near = difflib.get_close_matches(short, shipped, n=3, cutoff=0.4)
     beside = [p.name for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
     raise UserError(
-        f"{name}: neither a file ({_display(path.absolute())}) nor a shipped recipe"
+        f"{name}: neither a file ({display(path.absolute())}) nor a shipped recipe"
         + (f"; did you mean {' or '.join(near)}?" if near else did_you_mean(path.name, beside))
         + f"\nshipped recipes: {', '.join(shipped) or 'none'}"
     )
-
-
-def _display(path: Path) -> str:
-    """The path as a message names it: relative where it lies below the current directory."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -55,7 +55,9 @@ def test_outputs_and_hidden_states(family, official, padding, tmp_path):
     rows = mask.any(-1) if family == "t5" else slice(None)
     for name, value in theirs.items():
         values = value if isinstance(value, tuple) else (value,)
-        for index, (a, b) in enumerate(zip(ours[name] if isinstance(value, tuple) else (ours[name],), values)):
+        for index, (a, b) in enumerate(
+            zip(ours[name] if isinstance(value, tuple) else (ours[name],), values, strict=True)
+        ):
             if isinstance(a, torch.Tensor):
                 is_decoder = family == "t5" and a.shape[1] != mask.shape[1]
                 a, b = (a[rows], b[rows]) if is_decoder else (a, b)
@@ -73,12 +75,31 @@ def test_every_linear_layer_and_norm_sees_real_tokens_only(family, official, pad
     rows = rows_entering(native, lambda: native(**inputs))
     real, batch = int(inputs["attention_mask"].sum()), inputs["attention_mask"].flatten(0, -2).shape[0]
     decoder = inputs["decoder_input_ids"].numel() if family == "t5" else real
-    per_text = ("pooler.dense", "seq_relationship")
     for name, count in rows.items():
-        once_a_text = name.endswith(per_text) or (name == "classifier" and not official.endswith("TokenClassification"))
-        in_decoder = name.startswith(("decoder", "lm_head")) and not name.endswith(("cross_attn.k_proj", "cross_attn.v_proj"))
-        expected = batch if once_a_text else decoder if in_decoder else real
+        expected = decoder if is_in_decoder(name) else batch if is_once_a_text(official, name) else real
         assert count == expected, f"{name}: {count} rows, {expected} expected"
+
+
+def is_in_decoder(name: str) -> bool:
+    return name.startswith(("decoder", "lm_head")) and not name.endswith(("cross_attn.k_proj", "cross_attn.v_proj"))
+
+
+def is_once_a_text(official: str, name: str) -> bool:
+    """Poolers and their heads; and the last layer below a head that reads nothing but the pooled token."""
+    if name.endswith(("pooler.dense", "seq_relationship")):
+        return True
+    if not official.endswith(("NextSentencePrediction", "SequenceClassification", "MultipleChoice")):
+        return False
+    return name == "classifier" or (".layers.2." in name and not name.endswith(("k_proj", "v_proj")))
+
+
+def test_recorded_hidden_states_keep_the_last_layer_whole(tmp_path):
+    _, native = make_pair("bert", "BertForSequenceClassification", tmp_path)
+    inputs = make_inputs("bert", "BertForSequenceClassification", "right")
+    short, whole = native(**inputs), native(**inputs, output_hidden_states=True)
+    assert_close(short.logits, whole.logits, "logits")
+    assert whole.hidden_states[-1].shape == (3, 11, 24)
+    assert whole.hidden_states[-1][0].abs().min() > 0
 
 
 @skeleton

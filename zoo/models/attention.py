@@ -29,6 +29,8 @@ def check_variant(config) -> None:
             raise ValueError(f"attention: no variant is called {name!r}; there are {', '.join(known)}.")
         if name != FULL:
             _build_pattern(config, name, causal=False)
+        elif config.attention_kwargs.get(FULL):
+            raise ValueError(f"attention_kwargs.{FULL}: full attention has no parameters.")
     for name in config.attention_kwargs:
         if name not in names:
             raise ValueError(f"attention_kwargs has an entry for {name!r}, but attention is {config.attention!r}.")
@@ -57,15 +59,14 @@ class LayerMasks:
         self.padded = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if causal:
             self.padded["past_key_values"] = past_key_values
-        self._made: dict[str, torch.Tensor | None] = {}
+        in_rows = packing is not None and packing.per_sequence
+        names = [config.attention] if isinstance(config.attention, str) else config.attention
+        # all at once, before the first layer puts its keys in the cache, whose length they depend on
+        self._made = {name: self._document(name) if in_rows else self._grid(name) for name in names}
 
     def of_layer(self, layer_idx: int) -> torch.Tensor | None:
         """What `Attention` takes: a grid mask of transformers' form, or (length, length) bool for packed rows."""
-        name = variant_of_layer(self.config, layer_idx)
-        if name not in self._made:
-            in_rows = self.packing is not None and self.packing.per_sequence
-            self._made[name] = self._document(name) if in_rows else self._grid(name)
-        return self._made[name]
+        return self._made[variant_of_layer(self.config, layer_idx)]
 
     def _document(self, name: str) -> torch.Tensor | None:
         if name == FULL and not self.causal:
@@ -79,10 +80,19 @@ class LayerMasks:
         if name != FULL:
             if attention_mask is not None and attention_mask.ndim != 2:
                 raise ValueError(f"attention {name!r} needs a mask of (batch, length), not {attention_mask.ndim}-D.")
-            positions = None if attention_mask is None else document_positions(attention_mask)
+            positions = None if attention_mask is None else self._positions(attention_mask)
             pattern = grid_mask_function(_build_pattern(self.config, name, self.causal), positions)
         create = create_causal_mask if self.causal else create_bidirectional_mask
         return create(config=self.config, and_mask_function=pattern, **self.padded)
+
+    def _positions(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, keys): the keys of a static cache are more than its mask says; those to come are hidden anyway."""
+        positions = document_positions(attention_mask)
+        cache = self.padded.get("past_key_values")
+        if cache is None:
+            return positions
+        keys, _ = cache.get_mask_sizes(self.padded["inputs_embeds"].shape[1], 0)
+        return nn.functional.pad(positions, (0, max(0, keys - positions.shape[1])))
 
 
 def eager_attention(

@@ -58,13 +58,18 @@ class BlockSpec:
         return self.matrix_parameters() + norms + biases
 
     def flops_per_token(self, length: int, encoder_length: int = 0) -> int:
-        """Multiply-adds of one forward pass, counted as 2, at `length` keys; training takes three times as many.
+        """Multiply-adds of one forward pass over `length` tokens, counted as 2; training takes three times as many.
 
         2 a weight, and 4 x heads x head_dim a key for scores and their product with the values (Kaplan et al. 2020,
-        table 1). Softmax, norms and activations are not counted.
+        table 1). The keys and values of a cross-attention are made once for each of `encoder_length` tokens, a share
+        of which falls to each token here. Softmax, norms and activations are not counted.
         """
         keys = length + (encoder_length if self.cross_attention else 0)
-        return 2 * self.matrix_parameters() + 4 * self.num_heads * self.head_dim * keys
+        flops = 2 * self.matrix_parameters() + 4 * self.num_heads * self.head_dim * keys
+        if self.cross_attention:
+            memory = 4 * self.hidden_size * self.head_dim * self.key_value_heads
+            flops += memory * encoder_length // length - memory
+        return flops
 
     def activation_bytes(self, length: int, batch_size: int = 1) -> int:
         """What one layer keeps for its backward pass at 16 bits: s b h (34 + 5 a s / h).
@@ -120,7 +125,8 @@ class FeedForward(nn.Module):
 class Block(GradientCheckpointingLayer):
     """Self-attention, cross-attention where the spec has it, feed-forward; each with its norm and residual.
 
-    hidden_states: (batch, length, hidden), or packed (tokens, hidden) with `packing`.
+    hidden_states: (batch, length, hidden), or packed (tokens, hidden) with `packing`. With `first_only`, for a last
+    layer whose output is read by a pooler alone, a packed block computes the first token of each row: (batch, hidden).
     """
 
     def __init__(self, config, spec: BlockSpec, layer_idx: int):
@@ -143,13 +149,20 @@ class Block(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None = None,  # positional, so that gradient checkpointing sees it
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_packing=None,
+        packing=None,
+        first_only: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        attend = {"attention_mask": attention_mask, "position_bias": position_bias, **kwargs}
+        attend = {"attention_mask": attention_mask, "position_bias": position_bias, "packing": packing, **kwargs}
+        if first_only:
+            memory = self.self_attn_norm(hidden_states) if self.pre_norm else hidden_states
+            attend |= {"key_value_states": memory, "packing": packing.first, "kv_packing": packing}
+            hidden_states = packing.first_tokens(hidden_states)
         hidden_states = self._residual(hidden_states, self.self_attn, self.self_attn_norm, attend)
         if encoder_hidden_states is not None:
             attend = {
                 **kwargs,
+                "packing": packing,
                 "key_value_states": encoder_hidden_states,
                 "attention_mask": encoder_attention_mask,
                 "kv_packing": encoder_packing,

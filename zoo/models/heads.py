@@ -10,15 +10,18 @@ from .ragged import Packing
 
 
 class BertPooler(nn.Module):
-    """tanh(dense(first token)): (batch, length, hidden), or packed (tokens, hidden) -> (batch, hidden)."""
+    """tanh(dense(first token)): (batch, length, hidden), packed (tokens, hidden) or first tokens -> (batch, hidden)."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
-        first = hidden_states[:, 0] if packing is None else packing.first_tokens(hidden_states)
-        return torch.tanh(self.dense(first))
+        if packing is not None:
+            hidden_states = packing.first_tokens(hidden_states)
+        elif hidden_states.ndim == 3:
+            hidden_states = hidden_states[:, 0]
+        return torch.tanh(self.dense(hidden_states))
 
 
 class BertTransform(nn.Module):

@@ -131,10 +131,14 @@ class ZooBertModel(ZooBertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        packing: Packing | None | str = PLAN,
+        packing: Packing | str | None = PLAN,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """As the official class. With `packing`, a head's own plan, the outputs stay packed: (tokens, hidden)."""
+        """As the official class. With `packing`, a head's own plan, the outputs stay packed: (tokens, hidden).
+
+        A head that reads the pooled output alone says `pooled_only=True`; packed, the last layer then computes no
+        other token, and there is no last hidden state.
+        """
         planned_here = packing == PLAN
         if planned_here:
             packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values=past_key_values, **kwargs)
@@ -153,8 +157,9 @@ class ZooBertModel(ZooBertPreTrainedModel):
 
     @capture_outputs
     def _encode(
-        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, packing, **kwargs
-    ):
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, packing,
+        pooled_only=False, **kwargs,
+    ):  # fmt: skip
         inputs = input_ids if input_ids is not None else inputs_embeds
         length = inputs.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -167,10 +172,17 @@ class ZooBertModel(ZooBertPreTrainedModel):
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, False, grid, attention_mask, past_key_values, packing)
+        recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        in_rows = packing is not None and packing.per_sequence
+        first_only = pooled_only and in_rows and (recorded is None or recorded is False)
         for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
             hidden_states = layer(
-                hidden_states, masks.of_layer(index), past_key_values=past_key_values, packing=packing, **kwargs
-            )
+                hidden_states, masks.of_layer(index), past_key_values=past_key_values, packing=packing,
+                first_only=first_only and last, **kwargs,
+            )  # fmt: skip
+        if first_only:
+            return BaseModelOutputWithPoolingAndCrossAttentions(pooler_output=self.pooler(hidden_states))
         pooled = None if self.pooler is None else self.pooler(hidden_states, packing)
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden_states, pooler_output=pooled)
 
@@ -204,7 +216,7 @@ class _BertHead(ZooBertPreTrainedModel):
         return Dropout(self.config.hidden_dropout_prob if rate is None else rate)
 
     def _run(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs):
-        """The base model's output, as packed as it ran, and its packing."""
+        """The base model's output, as packed as it ran, and its packing. kwargs may say `pooled_only=True`."""
         packing = self.bert.plan(input_ids, inputs_embeds, attention_mask, **kwargs)
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         return self.bert(*inputs, packing=packing, return_dict=True, **kwargs), packing
@@ -321,7 +333,9 @@ class ZooBertForNextSentencePrediction(_BertHead):
         labels=None,
         **kwargs,
     ) -> NextSentencePredictorOutput:
-        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        output, packing = self._run(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pooled_only=True, **kwargs
+        )
         logits = self.cls.seq_relationship(output.pooler_output)
         loss = None if labels is None else token_loss(logits, labels.view(-1))
         return NextSentencePredictorOutput(loss, logits, **_recorded(output, packing))
@@ -345,7 +359,9 @@ class ZooBertForSequenceClassification(_BertHead):
         labels=None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        output, packing = self._run(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pooled_only=True, **kwargs
+        )
         logits = self.classifier(self.dropout(output.pooler_output))
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return SequenceClassifierOutput(loss, logits, **_recorded(output, packing))
@@ -373,7 +389,9 @@ class ZooBertForMultipleChoice(_BertHead):
     ) -> MultipleChoiceModelOutput:
         choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        output, packing = self._run(*(None if x is None else x.flatten(0, 1) for x in inputs), **kwargs)
+        output, packing = self._run(
+            *(None if x is None else x.flatten(0, 1) for x in inputs), pooled_only=True, **kwargs
+        )
         logits = self.classifier(self.dropout(output.pooler_output)).view(-1, choices)
         loss = None if labels is None else token_loss(logits, labels)
         return MultipleChoiceModelOutput(loss, logits, **_recorded(output, packing))

@@ -35,9 +35,12 @@ def _attention_names(stack: str, sublayer: int, official: str, ours: str) -> lis
     return [*renamings, WeightRenaming(rf"{source}.layer_norm", rf"{stack}.layers.\1.{ours}_norm")]
 
 
-def _feed_forward_names(stack: str, sublayer: int) -> list[WeightRenaming]:
+# official name -> ours; a checkpoint has the ones or the others
+PLAIN, GATED = {"wi": "fc1", "wo": "fc2"}, {"wi_0": "gate", "wi_1": "fc1", "wo": "fc2"}
+
+
+def _feed_forward_names(stack: str, sublayer: int, names: dict[str, str]) -> list[WeightRenaming]:
     source, target = rf"{stack}.block.(\d+).layer.{sublayer}", rf"{stack}.layers.\1"
-    names = {"wi": "fc1", "wi_0": "gate", "wi_1": "fc1", "wo": "fc2"}
     return [
         *(WeightRenaming(rf"{source}.DenseReluDense.{old}", rf"{target}.mlp.{new}") for old, new in names.items()),
         WeightRenaming(rf"{source}.layer_norm", rf"{target}.mlp_norm"),
@@ -51,15 +54,16 @@ def _position_names(stack: str) -> WeightRenaming:
     )
 
 
-KEY_MAP = [
-    _position_names("encoder"),
-    *_attention_names("encoder", 0, "SelfAttention", "self_attn"),
-    *_feed_forward_names("encoder", 1),
-    _position_names("decoder"),
-    *_attention_names("decoder", 0, "SelfAttention", "self_attn"),
-    *_attention_names("decoder", 1, "EncDecAttention", "cross_attn"),
-    *_feed_forward_names("decoder", 2),
-]
+def key_map(feed_forward: dict[str, str]) -> list[WeightRenaming]:
+    return [
+        _position_names("encoder"),
+        *_attention_names("encoder", 0, "SelfAttention", "self_attn"),
+        *_feed_forward_names("encoder", 1, feed_forward),
+        _position_names("decoder"),
+        *_attention_names("decoder", 0, "SelfAttention", "self_attn"),
+        *_attention_names("decoder", 1, "EncDecAttention", "cross_attn"),
+        *_feed_forward_names("decoder", 2, feed_forward),
+    ]
 
 
 @strict
@@ -242,6 +246,8 @@ class ZooT5ForConditionalGeneration(ZooT5PreTrainedModel, GenerationMixin):
         decoder_config.num_layers = config.num_decoder_layers
         self.decoder = ZooT5Stack(decoder_config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        # both `wi` and `wi_1` are fc1 here; the way back, for a model that was not loaded, needs the config
+        self._weight_conversions = key_map(GATED if config.is_gated_act else PLAIN)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -254,7 +260,7 @@ class ZooT5ForConditionalGeneration(ZooT5PreTrainedModel, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """(batch, length) labels -> the decoder's inputs: shifted right behind the start token, -100 made padding."""
-        start = self.config.decoder_start_token_id
+        start = getattr(self.config, "decoder_start_token_id", None)
         if start is None:
             raise ValueError("config.decoder_start_token_id is not set; for T5 it is the pad token's id.")
         shifted = labels.new_full(labels.shape, start)
@@ -282,7 +288,7 @@ class ZooT5ForConditionalGeneration(ZooT5PreTrainedModel, GenerationMixin):
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True,
                 **kwargs,
             )  # fmt: skip
-        elif not isinstance(encoder_outputs, BaseModelOutput):
+        elif isinstance(encoder_outputs, tuple | list):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -321,4 +327,4 @@ class ZooT5ForConditionalGeneration(ZooT5PreTrainedModel, GenerationMixin):
 
 
 # the stacks stand directly under the head, so the head itself is the root of a load
-register_key_map(["ZooT5ForConditionalGeneration"], KEY_MAP)
+register_key_map(["ZooT5ForConditionalGeneration"], key_map(PLAIN | GATED))

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import FULL, Attention, check_variant
@@ -107,6 +108,13 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         super()._init_weights(module)
         if getattr(module, "is_output_bias_owner", False):
             init.zeros_(module.bias)
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask, **kwargs):
+        """What `generate` hands to a forward pass over a static cache: a variant makes its masks there, by layer."""
+        if is_standard(config):
+            return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+        return attention_mask
 
     def official_config(self) -> PreTrainedConfig:
         """The config with which the official class computes the same. Raises ValueError for a variant."""

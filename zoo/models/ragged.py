@@ -6,7 +6,7 @@ kernels. Unpadding as in MosaicBERT (Portes et al. 2023, section 2.4).
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -103,6 +103,11 @@ class Packing:
             packed = flat.index_copy(0, self.indices, packed)
         return packed.view(self.batch_size, self.length, *packed.shape[1:])
 
+    @cached_property
+    def first(self) -> "Packing":
+        """The packing of `first_tokens`: one token of each row. Every row has one."""
+        return replace(self, indices=None, lengths=[1] * self.batch_size, length=1)
+
     def first_tokens(self, packed: torch.Tensor) -> torch.Tensor:
         """(tokens, hidden) -> (batch, hidden): the first real token of each row."""
         return packed.index_select(0, self.cu_seq_lens[:-1])
@@ -117,7 +122,8 @@ def unpack_states(states: tuple | None, packing: Packing | None) -> tuple | None
 
 def unpack_output(output: ModelOutput, packing: Packing) -> ModelOutput:
     """Pads what a base model recorded while packed: its last hidden state and its hidden states."""
-    output["last_hidden_state"] = packing.unpack(output.last_hidden_state)
+    if output.last_hidden_state is not None:
+        output["last_hidden_state"] = packing.unpack(output.last_hidden_state)
     if output.get("hidden_states"):
         output["hidden_states"] = unpack_states(output.hidden_states, packing)
     return output
