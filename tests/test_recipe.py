@@ -124,6 +124,7 @@ BAD = {
     "hub": ("seed: 42", "hub_model_id: x", "r.yaml:21: train.hub_model_id: not for a recipe: a run does not upload"),
     "push": ("seed: 42", "push_to_hub_token: x", "r.yaml:21: train.push_to_hub_token: not for a recipe"),
     "columns": ("seed: 42", "remove_unused_columns: false", "r.yaml:21: train.remove_unused_columns: not for a recipe"),
+    "resume": ("seed: 42", "resume_from_checkpoint: x", "r.yaml:21: train.resume_from_checkpoint: not for a recipe: add --resume to the command"),  # noqa: E501
     "stage": ("stage: train", "stage: trian", "r.yaml:3: stage: expected 'train', got the string 'trian'; did you mean train?"),  # noqa: E501
     "task type": ("text-classification", "text-clasification", "r.yaml:7: task.type: unknown task text-clasification; did you mean text-classification?"),  # noqa: E501
     "our type": ("max_length: 128", "max_length: '128'", "r.yaml:8: task.max_length: expected a whole number"),
@@ -400,9 +401,9 @@ def test_other_libraries():
 
 
 def test_library_that_is_not_there():
-    with pytest.raises(RunError, match="the package no_such_package is not installed: .* pip install no_such_package"):
+    with pytest.raises(RunError, match=r"the package no_such_package is not installed: .* pip install no_such_package"):
         library_fields("no_such_package", "config", "Config")
-    with pytest.raises(RunError, match="transformers 5.* has no TrainingArgument in .*training_args.py"):
+    with pytest.raises(RunError, match=r"transformers 5.* has no TrainingArgument in .*training_args.py"):
         library_fields("transformers", "training_args", "TrainingArgument")
 
 
@@ -432,7 +433,7 @@ def test_schema_cache(tmp_path, monkeypatch):
 def test_shipped_recipes(tmp_path):
     package = tmp_path / "site" / "zoo"
     package.mkdir(parents=True)
-    for name in ("__init__", "errors", "recipe", "library_schema", "sources"):
+    for name in ("__init__", "errors", "files", "library_schema", "recipe", "recipe_yaml", "sources"):
         shutil.copy(REPO / "zoo" / f"{name}.py", package)
     for folder in (tmp_path / "site" / "recipes", package / "_recipes"):
         (folder / "bert").mkdir(parents=True)

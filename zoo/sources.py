@@ -31,27 +31,9 @@ RATIO_APPLIES_FROM = 10 * 1024**2
 
 _FORM = "pypi://name@version/path/inside"
 # A name with one of these endings is a file that is missing, never a hub id. Hub ids do contain dots: org/model-v1.5.
-_FILE_ENDINGS = tuple(
-    [
-        ".csv",
-        ".tsv",
-        ".tab",
-        ".txt",
-        ".json",
-        ".jsonl",
-        ".parquet",
-        ".arrow",
-        ".zip",
-        ".gz",
-        ".xz",
-        ".zst",
-        ".tar",
-        ".yaml",
-        ".yml",
-        ".bin",
-        ".pt",
-        ".safetensors",
-    ]
+_FILE_ENDINGS = (
+    *(".csv", ".tsv", ".tab", ".txt", ".json", ".jsonl", ".parquet", ".arrow"),
+    *(".zip", ".gz", ".xz", ".zst", ".tar", ".yaml", ".yml", ".bin", ".pt", ".safetensors"),
 )
 
 

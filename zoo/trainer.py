@@ -1,15 +1,19 @@
 """transformers' Trainer, made right for renamed weights and safe to interrupt."""
 
+import contextlib
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zoo.errors import RunError
@@ -17,15 +21,18 @@ from zoo.files import sha256, write_json
 from zoo.loading import assert_same_adapter, assert_same_weights
 
 COMPLETE = "complete.json"
+PROGRESS = "progress.json"
 
 
 class ZooTrainer(Trainer):
-    """A Trainer whose checkpoints are complete or ignored, and whose resume restores every tensor.
+    """A Trainer whose checkpoints are complete or ignored, and whose resume ends as if nothing had happened.
 
     Rows carry `row`, their number in the data, which never reaches the model: a loss that is not finite names them.
     """
 
     rows: list[int] = []
+    started = 0.0
+    seconds_before = 0.0  # of training, before this run was resumed
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         rows = inputs.pop("row", None)
@@ -41,6 +48,23 @@ class ZooTrainer(Trainer):
             )
         return loss
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        loss = metrics.get(f"{metric_key_prefix}_loss", 0.0)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"{metric_key_prefix}_loss is {loss} after step {self.state.global_step}; try a lower learning_rate or "
+                "gradient clipping (max_grad_norm)"
+            )
+        return metrics
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _GroupedByLength(sampler.batch_size, sampler.lengths, seed)
+        return sampler
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
         if isinstance(model, PeftModel):
@@ -50,21 +74,86 @@ class ZooTrainer(Trainer):
     def _load_best_model(self) -> None:
         if isinstance(self.model, PeftModel):
             super()._load_best_model()
-        _restore(self.model, Path(self.state.best_model_checkpoint))
+        _restore(self.model, Path(str(self.state.best_model_checkpoint)))
+
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        done = super()._init_training_state(*args, **kwargs)
+        # the state names the best checkpoint by the path it had then; the run may have been moved
+        best = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return done
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called once on resume, before the first step: what is summed up continues, as what is drawn does."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            progress = json.loads(Path(checkpoint, PROGRESS).read_text())
+            self._tr_loss.fill_(progress["loss_since_logged"])
+            self._total_loss_scalar = progress["loss_logged"]
+            self._globalstep_last_logged = progress["step_logged"]
+
+    def _run_epoch(self, *, start_time: float, **kwargs) -> None:
+        self.started = start_time
+        if self.state.global_step >= self.state.max_steps:
+            # stopped after its last checkpoint: the stock loop would train one step more
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(start_time=start_time, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples: int, start_time: float):
+        # time, speed and mean loss of the whole run
+        self._initial_global_step = 0
+        return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes the mark of completeness last, and removes older checkpoints only after it."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        run_dir = self._get_output_dir(trial=trial)
+        checkpoint = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(checkpoint):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    write_json(checkpoint / PROGRESS, self._progress())
+                    _assert_same(self.model, checkpoint)
+                    mark_complete(checkpoint)
         finally:
             self.args.save_total_limit = limit
-        run_dir = self._get_output_dir(trial=trial)
         if self.args.should_save:
-            mark_complete(Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
             rotate_checkpoints(
                 output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint
             )
+
+    def _progress(self) -> dict[str, float]:
+        return {
+            "loss_since_logged": self._tr_loss.item(),
+            "loss_logged": self._total_loss_scalar,
+            "step_logged": self._globalstep_last_logged,
+            "seconds": time.time() - self.started + self.seconds_before,
+        }
+
+
+class _GroupedByLength(LengthGroupedSampler):
+    """Its order depends on the seed and the epoch alone; the stock one draws from the generator that dropout moves."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Words for a full disk or a directory that is gone; torch's writer and that of safetensors have their own errors."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(f"{path}: cannot be written: {cause}; make room there, and continue with --resume") from error
 
 
 def _restore(model, directory: Path) -> None:
@@ -72,12 +161,17 @@ def _restore(model, directory: Path) -> None:
 
     Adapters, whose names are never changed, are in it already; they are compared all the same.
     """
+    if not isinstance(model, PeftModel):
+        loaded = type(model).from_pretrained(directory, config=model.config, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict(), strict=True)
+    _assert_same(model, directory)
+
+
+def _assert_same(model, directory: Path) -> None:
     if isinstance(model, PeftModel):
         assert_same_adapter(model, directory)
-        return
-    loaded = type(model).from_pretrained(directory, config=model.config, dtype=model.dtype)
-    model.load_state_dict(loaded.state_dict(), strict=True)
-    assert_same_weights(model, directory)
+    else:
+        assert_same_weights(model, directory, whole=True)
 
 
 def mark_complete(directory: Path) -> None:
@@ -113,14 +207,19 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 class EventLog(TrainerCallback):
-    """Appends what happens to events.jsonl: a line each of time, step, phase and values."""
+    """Appends what happens to events.jsonl: a line each of time, step, phase and values.
+
+    A `begin` at a step after 0 is a resume: it takes the place of the lines before it that are of later steps. A value
+    that is not finite, which JSON does not know, is null.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
     def write(self, phase: str, step: int, values: dict[str, Any]) -> None:
-        line = json.dumps({"time": time.time(), "step": step, "phase": phase, "values": values})
-        with self.path.open("a", encoding="utf-8") as file:
+        finite = {key: value if _is_finite(value) else None for key, value in values.items()}
+        line = json.dumps({"time": time.time(), "step": step, "phase": phase, "values": finite})
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -135,3 +234,7 @@ class EventLog(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.write("end", state.global_step, {})
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -174,5 +174,5 @@ class Block(GradientCheckpointingLayer):
         output = layer(norm(hidden_states) if self.pre_norm else hidden_states, **kwargs)
         # attention also returns its weights, for those who record them
         output = output[0] if isinstance(output, tuple) else output
-        hidden_states = hidden_states + self.dropout(output)
+        hidden_states = self.dropout.add_to(hidden_states, output)
         return hidden_states if self.pre_norm else norm(hidden_states)

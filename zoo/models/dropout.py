@@ -32,26 +32,26 @@ def keep_rate(p: float) -> float:
     return 1.0 - dropped_levels(p) / LEVELS
 
 
-class _CheapDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_states, p):
-        kept = (random_levels(hidden_states.numel()) >= drop_below(p)).view(hidden_states.shape)
-        ctx.save_for_backward(kept)
-        ctx.scale = 1.0 / keep_rate(p)
-        return torch.ops.aten.native_dropout_backward(hidden_states, kept, ctx.scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (kept,) = ctx.saved_tensors
-        # grad * kept * scale, which is also what the forward pass computes
-        return torch.ops.aten.native_dropout_backward(grad, kept, ctx.scale), None
+def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
+    """A mask to multiply by: 0 where dropped, 1 / keep rate where kept."""
+    kept = random_levels(like.numel()) >= drop_below(p)
+    return kept.view(like.shape).to(like.dtype).mul_(1.0 / keep_rate(p))
 
 
 class Dropout(nn.Dropout):
     """`nn.Dropout`, equal in distribution; on CPU its mask costs a fifth."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        cheap = self.training and 0.0 < self.p < 1.0 and hidden_states.device.type == "cpu"
-        if not cheap or is_tracing():
-            return super().forward(hidden_states)
-        return _CheapDropout.apply(hidden_states, self.p)
+        if self._is_cheap(hidden_states):
+            return hidden_states * keep_mask(hidden_states, self.p)
+        return super().forward(hidden_states)
+
+    def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """residual + dropout(hidden_states), in one pass where the mask is ours."""
+        if self._is_cheap(hidden_states) and residual.dtype == hidden_states.dtype:
+            return torch.addcmul(residual, hidden_states, keep_mask(hidden_states, self.p))
+        return residual + self(hidden_states)
+
+    def _is_cheap(self, hidden_states: torch.Tensor) -> bool:
+        wanted = self.training and 0.0 < self.p < 1.0
+        return wanted and hidden_states.device.type == "cpu" and not is_tracing()

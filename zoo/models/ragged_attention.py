@@ -111,6 +111,12 @@ def _heads_first(tokens: torch.Tensor, part: slice) -> torch.Tensor:
     return tokens[part].transpose(0, 1)
 
 
+def _like_tokens(tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Memory for a tensor of that shape, which the rows fill; zeros where a row has no counterpart to fill it from."""
+    every_row = min(rows.packing.lengths) > 0 and min(rows.kv_packing.lengths) > 0
+    return torch.empty_like(tokens) if every_row else torch.zeros_like(tokens)
+
+
 class _DropoutAttention(torch.autograd.Function):
     """Attention with dropout on its probabilities.
 
@@ -127,7 +133,7 @@ class _DropoutAttention(torch.autograd.Function):
         lengths = zip(rows.packing.lengths, rows.kv_packing.lengths, strict=True)
         signed = query.new_empty(heads * sum(queries * keys for queries, keys in lengths))
         levels, threshold = random_levels(len(signed)), drop_below(dropout)
-        out = torch.zeros_like(query)
+        out = _like_tokens(query, rows)
         start = 0
         for row, queries, keys in rows:
             q, k, v = _heads_first(query, queries), _heads_first(key, keys), _heads_first(value, keys)
@@ -140,9 +146,9 @@ class _DropoutAttention(torch.autograd.Function):
             if (hidden := rows.hidden_in(row)) is not None:
                 probabilities.masked_fill_(hidden, torch.finfo(probabilities.dtype).min)
             torch.softmax(probabilities, -1, out=probabilities)
-            # +1 where kept, -1 where dropped
-            kept = levels[start:stop].view(shape) >= threshold
-            probabilities.mul_(kept.to(probabilities.dtype).mul_(2).sub_(1))
+            # the sign of level - threshold, which is never 0: minus where dropped
+            signs = levels[start:stop].view(shape).to(probabilities.dtype).sub_(threshold - 0.5)
+            probabilities.copysign_(signs)
             _heads_first(out, queries).copy_(torch.bmm(probabilities.clamp(min=0), v))
             start = stop
         out.mul_(1.0 / keep_rate(dropout))
@@ -157,7 +163,7 @@ class _DropoutAttention(torch.autograd.Function):
         # the row sum of dP * P, which equals dO . O, dropout or not: (heads, tokens, 1)
         delta = (grad * out).sum(-1).transpose(0, 1).unsqueeze(-1)
         grad = grad * (1.0 / ctx.keep_rate)
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        grad_query, grad_key, grad_value = (_like_tokens(x, ctx.rows) for x in (query, key, value))
         grad_bias = torch.zeros_like(position_bias, dtype=query.dtype) if ctx.needs_input_grad[3] else None
         start = 0
         for row, queries, keys in ctx.rows:
