@@ -145,11 +145,11 @@ def test_published_sizes(name):
     assert model.num_parameters() == count
 
 
-# ln V + 0.30 for BERT and GPT-2, ln V + 0.6 for T5 v1.0: shared/design/reference-values.md, "Objectives"
+# ln V + 0.30 for BERT and GPT-2; T5 v1.0 starts at 11.02: shared/design/reference-values.md, "Objectives"
 FIRST_LOSSES = {
     "bert": ("BertForMaskedLM", bert(2, 768), 30_522, 0.30),
     "gpt2": ("GPT2LMHeadModel", gpt2(2, 768, 12), 50_257, 0.30),
-    "t5": ("T5ForConditionalGeneration", t5(2, 512, 2048, 8, decoder_start_token_id=0), 32_128, 0.60),
+    "t5": ("T5ForConditionalGeneration", t5(6, 512, 2048, 8, decoder_start_token_id=0), 32_128, 0.70),
 }
 
 
@@ -159,12 +159,16 @@ def test_first_loss_is_near_that_of_guessing(family):
     torch.manual_seed(0)
     native = native_class(family, official)(native_config(family, official, config)).eval()
     assert native.config.vocab_size == vocab
-    model = getattr(transformers, official)(config).eval()
-    model.load_state_dict(revert_weight_conversion(native, native.state_dict()), strict=True)
-    ids = torch.randint(vocab, (2, 64))
-    labels = ids if family == "gpt2" else torch.randint(vocab, (2, 64))
+    with torch.device("meta"):
+        model = getattr(transformers, official)(config).eval()
+    model.load_state_dict(revert_weight_conversion(native, native.state_dict()), strict=True, assign=True)
+    ids = torch.randint(vocab, (2, 32))
+    labels = ids if family == "gpt2" else torch.randint(vocab, (2, 32))
+    inputs = {"input_ids": ids, "labels": labels}
+    if family == "bert":
+        # buffers of the official class, which has none on meta
+        inputs |= {"position_ids": torch.arange(32)[None], "token_type_ids": torch.zeros_like(ids)}
     with torch.no_grad():
-        loss = native(input_ids=ids, labels=labels).loss
-        expected = model(input_ids=ids, labels=labels).loss
+        loss, expected = native(**inputs).loss, model(**inputs).loss
     assert abs(loss - expected) < 1e-5
     assert -0.05 < loss - math.log(vocab) < slack

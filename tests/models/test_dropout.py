@@ -122,3 +122,9 @@ def test_an_exported_or_compiled_model_has_torchs_own_dropout():
     assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(inputs), expected)
     torch.manual_seed(0)
     assert not torch.equal(net(inputs), expected)
+
+
+def test_a_rate_that_16_bits_round_to_one_is_finite():
+    torch.manual_seed(0)
+    out = Dropout(1 - 2**-20).train()(torch.ones(1000))
+    assert torch.isfinite(out).all()

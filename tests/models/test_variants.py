@@ -1,4 +1,4 @@
-"""Local attention: against explicit masks, wherever padding stands, cached, refused in words, and far from this package."""
+"""Local attention: against explicit masks, wherever padding is, cached, refused in words, and far from this package."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import peft
 import pytest
 import torch
 import transformers
@@ -172,19 +173,20 @@ def test_cached_generation_equals_recomputing(family, official, variant, cache, 
         assert_close(a, b, f"step {step}")
 
 
+def local_with(kwargs):
+    return {"attention": "local", "attention_kwargs": {"local": kwargs}}
+
+
 REFUSED = [
     ({"attention": "locale"}, "no variant is called 'locale'; there are full, local"),
     ({"attention": ["full", "sparse"]}, "no variant is called 'sparse'"),
     ({"attention": []}, "an empty list"),
     ({"attention": "local"}, r"attention_kwargs\.local: .*window"),
     ({"attention": ["full", "local"]}, r"attention_kwargs\.local: .*window"),
-    ({"attention": "local", "attention_kwargs": {"local": {"window": 2, "stride": 3}}}, r"attention_kwargs\.local: .*stride"),
-    ({"attention": "local", "attention_kwargs": {"local": {"window": 2, "causal": True}}}, r"attention_kwargs\.local: .*causal"),
-    ({"attention": "local", "attention_kwargs": {"local": 3}}, r"attention_kwargs\.local"),
-    *(
-        ({"attention": "local", "attention_kwargs": {"local": {"window": window}}}, r"local\.window is a number of tokens")
-        for window in (0, -1, 2.0, "2", True, None)
-    ),
+    (local_with({"window": 2, "stride": 3}), r"attention_kwargs\.local: .*stride"),
+    (local_with({"window": 2, "causal": True}), r"attention_kwargs\.local: .*causal"),
+    (local_with(3), r"attention_kwargs\.local"),
+    *((local_with({"window": w}), r"local\.window is a number of tokens") for w in (0, -1, 2.0, "2", True, None)),
     ({"attention": "full", "attention_kwargs": {"local": {"window": 2}}}, "has an entry for 'local'"),
     ({"attention": "full", "attention_kwargs": {"full": {"window": 2}}}, r"attention_kwargs\.full"),
 ]  # fmt: skip
@@ -213,6 +215,15 @@ def test_a_variant_has_no_official_form(family, official, tmp_path):
     with pytest.raises(ValueError, match=r"attention \['full', 'local'\] has no official form"):
         native.save_pretrained(tmp_path / "variant", official=True)
     assert not (tmp_path / "variant").exists(), "nothing is written before it is refused"
+
+
+def test_an_encoder_variant_refuses_a_prefix(tmp_path):
+    """Prefix tuning puts keys in the cache of an encoder, and a window has no place for them."""
+    make_pair("bert", "BertForSequenceClassification", tmp_path)
+    native = open_variant("bert", "BertForSequenceClassification", tmp_path, CYCLE)
+    config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="no place for cached keys"):
+        peft.get_peft_model(native, config)(**make_inputs("bert", "BertForSequenceClassification"))
 
 
 def test_a_list_of_full_is_standard(tmp_path):
@@ -283,7 +294,9 @@ def test_a_variant_opens_where_this_package_is_not(tmp_path):
         inputs = make_inputs(family, official, "right")
         labels = inputs.get("decoder_input_ids", inputs["input_ids"])
         with torch.no_grad():
-            torch.save((inputs, native(**inputs, labels=labels).loss, native(**inputs).logits), directory / "expected.pt")
+            torch.save(
+                (inputs, native(**inputs, labels=labels).loss, native(**inputs).logits), directory / "expected.pt"
+            )
         directories[str(directory)] = autos[family]
     (tmp_path / "empty").mkdir()
     # no package of ours on the path, whatever the environment has installed
@@ -312,4 +325,3 @@ def test_the_official_class_does_not_open_a_variant_unnoticed(family, official, 
     finally:
         logger.removeHandler(caplog.handler)
     assert f"model of type `zoo_{family}` to instantiate a model of type" in caplog.text
-

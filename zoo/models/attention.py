@@ -57,6 +57,7 @@ class LayerMasks:
         """inputs_embeds: (batch, length, hidden) as padded; attention_mask: (batch, keys), or 4-D as it is."""
         self.config, self.causal, self.packing = config, causal, packing
         self.padded = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        self.encoder_cache = None if causal else past_key_values
         if causal:
             self.padded["past_key_values"] = past_key_values
         in_rows = packing is not None and packing.per_sequence
@@ -78,6 +79,8 @@ class LayerMasks:
         attention_mask = self.padded["attention_mask"]
         pattern = None
         if name != FULL:
+            if self.encoder_cache is not None and self.encoder_cache.get_seq_length():
+                raise ValueError(f"attention {name!r} in an encoder has no place for cached keys (prefix tuning).")
             if attention_mask is not None and attention_mask.ndim != 2:
                 raise ValueError(f"attention {name!r} needs a mask of (batch, length), not {attention_mask.ndim}-D.")
             positions = None if attention_mask is None else self._positions(attention_mask)
@@ -179,7 +182,7 @@ class Attention(nn.Module):
         return self.o_proj(output if packing is None else packing.pack(output)), weights
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """(batch, length, width) -> (batch, heads, length, head_dim); packed (tokens, width) -> (tokens, heads, ...)."""
+        """(batch, length, width) -> (batch, heads, length, head_dim); packed (tokens, width) -> (tokens, heads, *)."""
         split = projected.unflatten(-1, (-1, self.head_dim))
         return split if split.ndim == 3 else split.transpose(1, 2)
 

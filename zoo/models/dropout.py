@@ -12,8 +12,8 @@ LEVELS = 1 << 16
 
 
 def dropped_levels(p: float) -> int:
-    """How many of the 65,536 levels of a 16-bit draw mean "dropped"."""
-    return round(p * LEVELS)
+    """How many of the 65,536 levels of a 16-bit draw mean "dropped"; one at least is kept."""
+    return min(round(p * LEVELS), LEVELS - 1)
 
 
 def random_levels(count: int) -> torch.Tensor:

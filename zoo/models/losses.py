@@ -56,8 +56,8 @@ def linear_cross_entropy(hidden, head: nn.Module, labels, num_items: torch.Tenso
     """Cross entropy of `head(hidden)` against `labels`; rows labelled -100 are left out.
 
     hidden: (rows, hidden); labels: (rows,). The mean over the labelled rows, or their sum over `num_items`, the count
-    of a whole accumulated batch. A head that is more than a plain linear layer (adapters, quantised, hooked, patched), and any
-    under autocast, is called as it is, and its logits are built.
+    of a whole accumulated batch. A head that is more than a plain linear layer (adapters, quantised, hooked, patched),
+    and any under autocast, is called as it is, and its logits are built.
     """
     labelled = labels != IGNORED
     hidden, labels = hidden[labelled], labels[labelled]

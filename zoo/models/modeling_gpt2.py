@@ -29,9 +29,13 @@ KEY_MAP = [
     WeightRenaming(r"h.(\d+).ln_1", r"layers.\1.self_attn_norm"),
     WeightRenaming(r"h.(\d+).ln_2", r"layers.\1.mlp_norm"),
     WeightRenaming(r"h.(\d+).attn.c_attn", r"layers.\1.self_attn.c_attn"),
-    WeightRenaming(r"h.(\d+).attn.c_proj", r"layers.\1.self_attn.o_proj"),
-    WeightRenaming(r"h.(\d+).mlp.c_fc", r"layers.\1.mlp.fc1"),
-    WeightRenaming(r"h.(\d+).mlp.c_proj", r"layers.\1.mlp.fc2"),
+    WeightRenaming(r"h.(\d+).attn.c_proj.bias", r"layers.\1.self_attn.o_proj.bias"),
+    WeightRenaming(r"h.(\d+).mlp.c_fc.bias", r"layers.\1.mlp.fc1.bias"),
+    WeightRenaming(r"h.(\d+).mlp.c_proj.bias", r"layers.\1.mlp.fc2.bias"),
+    # converters start from names that are not ours, or a checkpoint in our names would be turned as well
+    WeightRenaming(r"h.(\d+).attn.c_proj.weight", r"layers.\1.self_attn.c_proj.weight"),
+    WeightRenaming(r"h.(\d+).mlp.c_fc.weight", r"layers.\1.mlp.c_fc.weight"),
+    WeightRenaming(r"h.(\d+).mlp.c_proj.weight", r"layers.\1.mlp.c_proj.weight"),
     WeightConverter(
         "self_attn.c_attn.weight",
         ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
@@ -42,9 +46,9 @@ KEY_MAP = [
         ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
         [Chunk(dim=0)],
     ),
-    WeightConverter("self_attn.o_proj.weight", "self_attn.o_proj.weight", [Transpose(0, 1)]),
-    WeightConverter("mlp.fc1.weight", "mlp.fc1.weight", [Transpose(0, 1)]),
-    WeightConverter("mlp.fc2.weight", "mlp.fc2.weight", [Transpose(0, 1)]),
+    WeightConverter("self_attn.c_proj.weight", "self_attn.o_proj.weight", [Transpose(0, 1)]),
+    WeightConverter("mlp.c_fc.weight", "mlp.fc1.weight", [Transpose(0, 1)]),
+    WeightConverter("mlp.c_proj.weight", "mlp.fc2.weight", [Transpose(0, 1)]),
 ]
 
 

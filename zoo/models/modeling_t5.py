@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2019, arXiv 1910.10683) on the native block: position bias, cross-attention, encoder-decoder cache."""
+"""T5 (Raffel et al. 2019, arXiv 1910.10683) on the native block: position bias, cross-attention, two caches."""
 
 from .versions import checked  # noqa: F401  isort: skip  (first: other versions fail in riddles further down)
 
@@ -166,6 +166,9 @@ class ZooT5Stack(ZooT5PreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         inputs = input_ids if input_ids is not None else inputs_embeds
         cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if isinstance(past_key_values, EncoderDecoderCache):
+            # assisted generation may take back every token of its own, but not the encoder's keys
+            cached += int(past_key_values.cross_attention_cache.get_seq_length())
         packing = self.plan_packing(inputs, attention_mask, cached_tokens=cached, **kwargs)
         encoder_packing = None
         if packing is not None and encoder_hidden_states is not None:

@@ -103,6 +103,11 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
     official_config_class: type[PreTrainedConfig]
     auto_map: dict[str, str]
 
+    def _initialize_weights(self, module, is_custom_code: bool = False):
+        # transformers skips every module without parameters of its own in code that is not its own, and with it what
+        # a block sets in its layers; `initialization`, which ours uses, leaves loaded parameters alone anyway
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -137,6 +142,9 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         a variant, which has no official form.
         """
         official_config = self.official_config() if official else None
+        if getattr(self, "hf_quantizer", None) is not None and not official:
+            # quantised weights are blocks of bytes, which the key maps cannot transpose
+            kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
