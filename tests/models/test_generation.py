@@ -177,5 +177,5 @@ def test_encoder_outputs_logits_to_keep_and_tuples(family, tmp_path):
 def test_t5_without_a_start_token_says_so():
     zoo = native_class("t5", FAMILIES["t5"])
     native = randomise(zoo(zoo.config_class(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)))
-    with pytest.raises(ValueError, match="decoder_start_token_id is not set"):
+    with pytest.raises(ValueError, match="needs decoder_start_token_id"):
         native(input_ids=torch.tensor([[3, 4]]), labels=torch.tensor([[5, 6]]))

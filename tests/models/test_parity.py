@@ -10,7 +10,7 @@ from .tiny import HEADS, make_inputs, make_pair, native_class, randomise, rows_e
 # (attention implementation, ragged mode)
 PATHS = {"eager padded": ("eager", "off"), "sdpa padded": ("sdpa", "off"), "sdpa ragged": ("sdpa", "on")}
 TOLERANCE = 1e-5
-LABELLED = [(family, name) for family, name in HEADS if not name.endswith(("Model", "QuestionAnswering")) or "LMHead" in name]
+LABELLED = [(f, name) for f, name in HEADS if not name.endswith(("Model", "QuestionAnswering")) or "LMHead" in name]
 
 heads = pytest.mark.parametrize("family, official", HEADS, ids=[name for _, name in HEADS])
 paths = pytest.mark.parametrize("path", PATHS)

@@ -5,6 +5,8 @@ over the layers; `attention_kwargs: {name: {...}}` holds the parameters. The *im
 flex) is transformers' `attn_implementation`, which is not saved.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -55,27 +57,29 @@ class LayerMasks:
 
     def __init__(self, config, causal: bool, inputs_embeds, attention_mask, past_key_values, packing: Packing | None):
         """inputs_embeds: (batch, length, hidden) as padded; attention_mask: (batch, keys), or 4-D as it is."""
-        self.config, self.causal, self.packing = config, causal, packing
+        self.config, self.causal = config, causal
         self.padded = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         self.encoder_cache = None if causal else past_key_values
         if causal:
             self.padded["past_key_values"] = past_key_values
-        in_rows = packing is not None and packing.per_sequence
+        rows = packing if packing is not None and packing.per_sequence else None
         names = [config.attention] if isinstance(config.attention, str) else config.attention
         # all at once, before the first layer puts its keys in the cache, whose length they depend on
-        self._made = {name: self._document(name) if in_rows else self._grid(name) for name in names}
+        self._made: dict[str, Any] = {
+            name: self._grid(name) if rows is None else self._document(name, rows) for name in names
+        }
 
     def of_layer(self, layer_idx: int) -> torch.Tensor | None:
         """What `Attention` takes: a grid mask of transformers' form, or (length, length) bool for packed rows."""
         return self._made[variant_of_layer(self.config, layer_idx)]
 
-    def _document(self, name: str) -> torch.Tensor | None:
+    def _document(self, name: str, packing: Packing) -> torch.Tensor | None:
         if name == FULL and not self.causal:
             return None
         pattern = causal_only if name == FULL else _build_pattern(self.config, name, self.causal)
-        return document_mask(pattern, self.packing.max_length, self.packing.device)
+        return document_mask(pattern, packing.max_length, packing.device)
 
-    def _grid(self, name: str) -> torch.Tensor | None:
+    def _grid(self, name: str) -> Any:
         attention_mask = self.padded["attention_mask"]
         pattern = None
         if name != FULL:
@@ -147,14 +151,13 @@ class Attention(nn.Module):
         kv_packing: Packing | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if packing is not None and kv_packing is None:
-            kv_packing = packing
+        kv_packing = kv_packing or packing
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys_and_values(
             hidden_states if key_value_states is None else key_value_states, past_key_values, kv_packing
         )
         dropout = self.attention_dropout if self.training else 0.0
-        if packing is not None and packing.per_sequence:
+        if packing is not None and kv_packing is not None and packing.per_sequence:
             if self.num_key_value_groups > 1:
                 key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
             mask, bias = attention_mask, None if position_bias is None else position_bias[0]
@@ -163,7 +166,7 @@ class Attention(nn.Module):
                 scaling=self.scaling, dropout=dropout, mask=mask, position_bias=bias,
             )  # fmt: skip
             return self.o_proj(output.flatten(1)), None
-        if packing is not None:
+        if packing is not None and kv_packing is not None:
             query, key, value = packing.unpack(query), kv_packing.unpack(key), kv_packing.unpack(value)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -190,17 +193,18 @@ class Attention(nn.Module):
         """Projects `states` and keeps or takes them from the cache, which is always padded."""
         if past_key_values is None:
             return self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
-        cache = past_key_values
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.cross_attention_cache if self.is_cross_attention else cache.self_attention_cache
-            if self.is_cross_attention and past_key_values.is_updated.get(self.layer_idx):
+        cache: Any = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.self_attention_cache
+        if isinstance(past_key_values, EncoderDecoderCache) and self.is_cross_attention:
+            cache = past_key_values.cross_attention_cache
+            if past_key_values.is_updated.get(self.layer_idx):
                 return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+            past_key_values.is_updated[self.layer_idx] = True
         key, value = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
         if packing is None:
             key, value = cache.update(key, value, self.layer_idx)
         else:
             # the first pass of a generation: the packed tensors are all the keys there are
             cache.update(*(packing.unpack(x).transpose(1, 2) for x in (key, value)), self.layer_idx)
-        if self.is_cross_attention:
-            past_key_values.is_updated[self.layer_idx] = True
         return key, value

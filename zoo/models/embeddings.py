@@ -44,14 +44,14 @@ class RelativePositionBias(nn.Embedding):
         super().__init__(num_buckets, num_heads)
         self.max_distance, self.causal = max_distance, causal
 
-    def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """(queries,) and (keys,) -> (1, heads, queries, keys)."""
         bias = super().forward(self.buckets(key_positions[None, :] - query_positions[:, None]))
         return bias.permute(2, 0, 1).unsqueeze(0)
 
     def buckets(self, distance: torch.Tensor) -> torch.Tensor:
         """Key position minus query position, any shape -> bucket numbers."""
-        count, offset = self.num_embeddings, 0
+        count, offset = self.num_embeddings, torch.zeros_like(distance)
         if self.causal:
             distance = (-distance).clamp(min=0)
         else:

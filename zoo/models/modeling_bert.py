@@ -139,8 +139,8 @@ class ZooBertModel(ZooBertPreTrainedModel):
         A head that reads the pooled output alone says `pooled_only=True`; packed, the last layer then computes no
         other token, and there is no last hidden state.
         """
-        planned_here = packing == PLAN
-        if planned_here:
+        planned_here = isinstance(packing, str)
+        if isinstance(packing, str):
             packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values=past_key_values, **kwargs)
         output = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, packing, **kwargs
@@ -181,13 +181,15 @@ class ZooBertModel(ZooBertPreTrainedModel):
                 hidden_states, masks.of_layer(index), past_key_values=past_key_values, packing=packing,
                 first_only=first_only and last, **kwargs,
             )  # fmt: skip
-        if first_only:
-            return BaseModelOutputWithPoolingAndCrossAttentions(pooler_output=self.pooler(hidden_states))
-        pooled = None if self.pooler is None else self.pooler(hidden_states, packing)
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden_states, pooler_output=pooled)
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler(hidden_states, None if first_only else packing)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=None if first_only else hidden_states, pooler_output=pooled
+        )
 
 
-def _recorded(output: ModelOutput, packing: Packing | None) -> dict:
+def _recorded(output, packing: Packing | None) -> dict:
     return {"hidden_states": unpack_states(output.hidden_states, packing), "attentions": output.attentions}
 
 
@@ -203,12 +205,14 @@ def _token_labels(labels: torch.Tensor, packing: Packing | None) -> torch.Tensor
 class _BertHead(ZooBertPreTrainedModel):
     """A model under `bert`, whose packing the head shares, so that its own layers see packed tokens too."""
 
+    bert: "ZooBertModel"
+
     # these losses are means over samples, whatever else is in an accumulated batch
     accepts_loss_kwargs = False
 
     def __init__(self, config: ZooBertConfig, add_pooling_layer: bool):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # None before a config is complete
         self.bert = ZooBertModel(config, add_pooling_layer)
 
     def _classifier_dropout(self) -> Dropout:
@@ -224,6 +228,8 @@ class _BertHead(ZooBertPreTrainedModel):
 
 class _BertPredictor(_BertHead):
     """A head whose `cls` predicts tokens."""
+
+    cls: BertHeads
 
     accepts_loss_kwargs = True
     _tied_weights_keys = {
@@ -286,7 +292,7 @@ class ZooBertForPreTraining(_BertPredictor):
         relation = self.cls.seq_relationship(output.pooler_output)
         both = labels is not None and next_sentence_label is not None
         loss, logits = self._predict(output.last_hidden_state, labels if both else None, packing, None)
-        if both:
+        if loss is not None:
             loss = loss + token_loss(relation, next_sentence_label.view(-1))
         return ZooBertForPreTrainingOutput(loss, logits, relation, **_recorded(output, packing))
 
@@ -345,7 +351,7 @@ class ZooBertForSequenceClassification(_BertHead):
     def __init__(self, config: ZooBertConfig):
         super().__init__(config, add_pooling_layer=True)
         self.dropout = self._classifier_dropout()
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -401,7 +407,7 @@ class ZooBertForTokenClassification(_BertHead):
     def __init__(self, config: ZooBertConfig):
         super().__init__(config, add_pooling_layer=False)
         self.dropout = self._classifier_dropout()
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -426,7 +432,7 @@ class ZooBertForQuestionAnswering(_BertHead):
 
     def __init__(self, config: ZooBertConfig):
         super().__init__(config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -134,12 +134,12 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        packing: Packing | None | str = PLAN,
+        packing: Packing | str | None = PLAN,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """As the official class. With `packing`, a head's own plan, the outputs stay packed: (tokens, hidden)."""
-        planned_here = packing == PLAN
-        if planned_here:
+        planned_here = isinstance(packing, str)
+        if isinstance(packing, str):
             packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values=past_key_values, **kwargs)
         output = self._decode(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,

@@ -198,20 +198,17 @@ class ZooT5Stack(ZooT5PreTrainedModel):
         position_bias = self._position_bias(inputs, self_cache)
         if packing is not None:
             input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
-            if encoder_hidden_states is not None:
-                encoder_hidden_states = encoder_packing.pack(encoder_hidden_states)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, self.config.is_decoder, grid, attention_mask, self_cache, packing)
         cross_mask = None
         if encoder_hidden_states is not None and (packing is None or not packing.per_sequence):
-            memory = encoder_hidden_states
-            if packing is not None:
-                memory = memory.new_empty(1).expand(encoder_packing.batch_size, encoder_packing.length, 1)
             cross_mask = create_bidirectional_mask(
-                self.config, grid, encoder_attention_mask, encoder_hidden_states=memory
+                self.config, grid, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
             )
+        if encoder_packing is not None:
+            encoder_hidden_states = encoder_packing.pack(encoder_hidden_states)
         hidden_states = self.dropout(hidden_states)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
@@ -246,7 +243,7 @@ class ZooT5ForConditionalGeneration(ZooT5PreTrainedModel, GenerationMixin):
         self.encoder = ZooT5Stack(encoder_config)
         decoder_config = copy.deepcopy(config)
         decoder_config.is_decoder = True
-        decoder_config.num_layers = config.num_decoder_layers
+        decoder_config.num_layers = config.num_decoder_layers or config.num_layers
         self.decoder = ZooT5Stack(decoder_config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         # both `wi` and `wi_1` are fc1 here; the way back, for a model that was not loaded, needs the config
@@ -263,12 +260,14 @@ class ZooT5ForConditionalGeneration(ZooT5PreTrainedModel, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """(batch, length) labels -> the decoder's inputs: shifted right behind the start token, -100 made padding."""
-        start = getattr(self.config, "decoder_start_token_id", None)
-        if start is None:
-            raise ValueError("config.decoder_start_token_id is not set; for T5 it is the pad token's id.")
+        start, pad = getattr(self.config, "decoder_start_token_id", None), self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError(
+                "config needs decoder_start_token_id and pad_token_id; for T5 both are the pad token's id."
+            )
         shifted = labels.new_full(labels.shape, start)
         shifted[:, 1:] = labels[:, :-1]
-        return shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
+        return shifted.masked_fill(shifted == IGNORED, pad)
 
     @can_return_tuple
     def forward(

@@ -100,6 +100,7 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         "attentions": OutputRecorder(Attention, layer_name=".self_attn", index=1),
         "cross_attentions": OutputRecorder(Attention, layer_name=".cross_attn", index=1),
     }
+    config_class: type[PreTrainedConfig]
     official_config_class: type[PreTrainedConfig]
     auto_map: dict[str, str]
 
@@ -135,7 +136,9 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         config.architectures = [type(self).__name__.removeprefix("Zoo")]
         return config
 
-    def save_pretrained(self, save_directory, *args, official: bool = False, is_main_process: bool = True, **kwargs):
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, is_main_process: bool = True, *, official: bool = False, **kwargs
+    ):
         """Saves weights under the official names, with this code (`trust_remote_code=True` opens it anywhere).
 
         official: with the official config instead, so that any tool opens it without this code. Raises ValueError for
@@ -146,13 +149,13 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
             # quantised weights are blocks of bytes, which the key maps cannot transpose
             kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(self.auto_map)
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
         if official_config is not None:
             official_config.dtype = self.config.dtype
             official_config.save_pretrained(save_directory)
-        code = sys.modules[type(self).__module__].__file__
+        code = str(sys.modules[type(self).__module__].__file__)
         for file in [code, *get_relative_import_files(code)]:
             target = Path(save_directory, Path(file).name)
             if official_config is not None:

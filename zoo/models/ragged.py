@@ -9,10 +9,11 @@ import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,7 @@ class Packing:
         real = attention_mask.bool()
         lengths = real.sum(-1).tolist()
         indices = None if min(lengths) == real.shape[1] else real.flatten().nonzero().flatten()
-        return cls(indices, lengths, *real.shape, real.device, real.device.type == "cpu")
+        return cls(indices, lengths, real.shape[0], real.shape[1], real.device, real.device.type == "cpu")
 
     @classmethod
     def full(cls, batch_size: int, length: int, device: torch.device) -> "Packing":
@@ -120,7 +121,7 @@ def unpack_states(states: tuple | None, packing: Packing | None) -> tuple | None
     return tuple(None if state is None else packing.unpack(state) for state in states)
 
 
-def unpack_output(output: ModelOutput, packing: Packing) -> ModelOutput:
+def unpack_output(output, packing: Packing):
     """Pads what a base model recorded while packed: its last hidden state and its hidden states."""
     if output.last_hidden_state is not None:
         output["last_hidden_state"] = packing.unpack(output.last_hidden_state)
@@ -144,6 +145,7 @@ class RaggedMixin(nn.Module):
     """The runtime switch between packed and padded execution; it is never saved."""
 
     _ragged = "auto"
+    config: Any
 
     def set_ragged(self, mode: str) -> None:
         """`"auto"` packs where it can, `"on"` raises where it cannot, `"off"` never packs."""
