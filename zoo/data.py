@@ -1,6 +1,7 @@
 """Rows of a recipe's data, split, checked and named by role: text, text_pair, label."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-from zoo.errors import RunError, UserError, did_you_mean
+from zoo.errors import UserError, did_you_mean
 from zoo.recipe import DataSection
 from zoo.sources import Source, resolve
 
 # file ending -> the datasets library's name for its reader; recipes may name any other reader
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUILDERS |= {".txt": "text"}
+_TAB_SEPARATED = {".tsv", ".tab"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def load_splits(section: DataSection, roles: Sequence[str], seed: int, labels: l
     if "train" not in splits and labels is None:
         raise UserError(f"data {section.path}: no train split; it has {', '.join(raw)}; name one under data.splits")
     notes: list[str] = []
-    names = labels
+    names = labels or []
     if "label" in roles:
         names = labels if labels is not None else _label_names(splits["train"])
         splits = {name: _numbered(rows, name, names) for name, rows in splits.items()}
@@ -54,13 +57,16 @@ def load_splits(section: DataSection, roles: Sequence[str], seed: int, labels: l
         held_out, note = _hold_out(splits["train"], section.validation, seed, "label" in roles)
         splits |= {"train": held_out["train"], "validation": held_out["test"]}
         notes.append(note)
-    return Splits(splits.get("train"), splits.get("validation"), splits.get("test"), names or [], notes)
+    return Splits(splits.get("train"), splits.get("validation"), splits.get("test"), names, notes)
 
 
 def _read(section: DataSection) -> DatasetDict:
     """The source's own splits, as the datasets library reads them."""
     source = resolve(section.path, kind="dataset", revision=section.revision, files=list(section.files.values()))
     reading = f"data {section.path}"
+    for key in section.options:
+        if key in inspect.signature(datasets.load_dataset).parameters:
+            raise UserError(f"data.options.{key}: not an option of a format; say it with the other keys of data")
     try:
         loaded = datasets.load_dataset(**_loading_arguments(section, source))
     except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -76,21 +82,23 @@ def _loading_arguments(section: DataSection, source: Source) -> dict[str, Any]:
     location = Path(source.location)
     if section.files:
         files: Any = {split: str(location / file) for split, file in section.files.items()}
-        endings = {Path(file).suffix.lower() for file in section.files.values()}
+        suffixes = {Path(file).suffix.lower() for file in section.files.values()}
     elif location.is_file():
-        files, endings = {"train": str(location)}, {location.suffix.lower()}
+        files, suffixes = {"train": str(location)}, {location.suffix.lower()}
     elif section.format is None:
         # a directory laid out as the datasets library expects it
         return {"path": str(location), **section.options}
     else:
-        files, endings = None, set()
-    builder = section.format or (_BUILDERS.get(endings.pop()) if len(endings) == 1 else None)
+        files, suffixes = None, set()
+    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
+    builder = section.format or (builders.pop() if len(builders) == 1 else None)
     if builder is None:
         raise UserError(
             f"data {section.path}: its format is not known from the file names; give data.format (csv, json, ...)"
         )
     where: dict[str, Any] = {"data_dir": str(location)} if files is None else {"data_files": files}
-    return {"path": builder, **where, **section.options}
+    tabs = {"sep": "\t"} if builder == "csv" and suffixes and suffixes <= _TAB_SEPARATED else {}
+    return {"path": builder, **where, **tabs, **section.options}
 
 
 def _named(section: DataSection, raw: DatasetDict) -> dict[str, str]:
@@ -98,17 +106,20 @@ def _named(section: DataSection, raw: DatasetDict) -> dict[str, str]:
     for ours, theirs in section.splits.items():
         if theirs not in raw:
             raise UserError(f"data.splits.{ours}: {section.path} has no split {theirs!r}, only {', '.join(raw)}")
-    named = {name: name for name in ("train", "validation", "test") if name in raw}
+    # a split that the recipe gives another use has no second one: test rows would choose the checkpoint
+    free = [name for name in raw if name not in section.splits.values()]
+    named = {name: name for name in ("train", "validation", "test") if name in free}
     # the hub's other usual name for it
-    if "dev" in raw:
+    if "dev" in free:
         named.setdefault("validation", "dev")
-    return {**named, **section.splits}
+    return named | dict(section.splits)
 
 
 def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str]) -> Dataset:
     """Only the columns the task reads, under the names of their roles, and each row's number."""
-    columns = {role: section.columns.get(role, role) for role in roles}
-    wanted = [role for role in roles if role != "text_pair" or role in section.columns or role in rows.column_names]
+    given: Mapping[Any, str] = section.columns
+    columns = {role: given.get(role, role) for role in roles}
+    wanted = [role for role in roles if role != "text_pair" or role in given or role in rows.column_names]
     for role in wanted:
         if columns[role] not in rows.column_names:
             near = did_you_mean(columns[role], rows.column_names)
@@ -126,8 +137,14 @@ def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str]
     return rows.add_column("row", list(range(len(rows))))
 
 
+# pandas' reader, which the format csv is, takes some words for nothing
+_NOTHING = "; remove the row, or if it is a word such as NA or null, set data.options.keep_default_na: false"
+
+
 def _check_texts(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
     for row, text in enumerate(rows[role]):
+        if text is None:
+            raise UserError(f"data {path}: {split} row {row}: column {column!r} holds nothing{_NOTHING}")
         if not isinstance(text, str):
             raise UserError(f"data {path}: {split} row {row}: column {column!r} holds {text!r}, not a text")
         if not text.strip():
@@ -135,23 +152,25 @@ def _check_texts(rows: Dataset, role: str, column: str, split: str, path: str) -
 
 
 def _label_names(train: Dataset) -> list[str]:
+    names = _distinct(train)
+    if len(names) < 2:
+        raise UserError(f"data: train has one label only, {names[0]!r}; there is nothing to learn")
+    return names
+
+
+def _distinct(train: Dataset) -> list[str]:
     feature = train.features["label"]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     values = set(train["label"])
     if None in values:
         row = train["row"][list(train["label"]).index(None)]
-        raise UserError(f"data: train row {row}: the label is missing")
-    if not (
-        (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool")) or _is_integer(feature)
-    ):
-        raise UserError(f"data: labels are {feature}; a class is a word or a whole number")
+        raise UserError(f"data: train row {row}: the label is missing{_NOTHING}")
+    kind = feature.dtype if isinstance(feature, Value) else ""
+    if kind not in ("string", "large_string", "bool") and not kind.startswith(("int", "uint")):
+        raise UserError(f"data: labels are {kind or feature}; a class is a word or a whole number")
     # numbers in their own order, not as words
     return [str(value) for value in sorted(values)]
-
-
-def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
 
 
 def _numbered(rows: Dataset, split: str, names: list[str]) -> Dataset:
@@ -159,7 +178,10 @@ def _numbered(rows: Dataset, split: str, names: list[str]) -> Dataset:
     feature, numbers = rows.features["label"], {name: number for number, name in enumerate(names)}
     numbered = []
     for row, label in zip(rows["row"], rows["label"], strict=True):
-        name = feature.int2str(label) if isinstance(feature, ClassLabel) and label is not None else str(label)
+        # -1 is how published test splits leave their labels out
+        if label is None or (isinstance(feature, ClassLabel) and label == -1):
+            raise UserError(f"data: {split} row {row}: the label is missing{_NOTHING}")
+        name = feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
         if name not in numbers:
             raise UserError(
                 f"data: {split} row {row}: the label {name!r} is unknown to training, which has {', '.join(names)}"
@@ -172,7 +194,7 @@ def _hold_out(train: Dataset, share: float, seed: int, by_label: bool) -> tuple[
     """Splits train for the choice of a checkpoint, each label in proportion where the counts allow it."""
     size = max(1, round(share * len(train)))
     if size >= len(train):
-        raise RunError(f"data: train has {len(train)} rows, too few to hold {size} out for validation")
+        raise UserError(f"data: train has {len(train)} rows, too few to hold {size} out for validation")
     note = f"validation: {size} rows held out of train"
     if by_label:
         try:

@@ -1,12 +1,14 @@
 """A model and its tokenizer from a recipe: native or official, its variant; and the proof that its weights arrived."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -18,7 +20,10 @@ from zoo.recipe import ModelSection
 from zoo.sources import resolve
 
 # what from_pretrained raises for files that are missing, damaged or of the wrong shape
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+_LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
+    *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
+)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -42,18 +47,17 @@ def load_model(section: ModelSection, auto_class: str, labels: list[str] | None 
         fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
     except _LOAD_ERRORS as error:
         raise UserError(f"model {section.path}: no readable config.json: {_first_line(error)}") from error
+    if not fields.get("model_type"):
+        raise UserError(f"model {section.path}: no readable config.json: it is missing, or names no model_type")
     changes = dict(section.config)
     if labels:
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     model_type = fields.get("model_type")
     if section.implementation == "native":
         model_class = _native_class(section.path, model_type, auto_class)
-        changes |= {"attention": section.attention, "attention_kwargs": section.attention_kwargs}
-        if section.attention == "full":
-            # a variant checkpoint keeps its own attention unless the recipe names another
-            changes = {key: value for key, value in changes.items() if not key.startswith("attention")} | {
-                key: fields[key] for key in ("attention", "attention_kwargs") if key in fields
-            }
+        if section.attention != "full":
+            # a variant's checkpoint keeps its own attention unless the recipe names another
+            changes |= {"attention": section.attention, "attention_kwargs": section.attention_kwargs}
         config = _config(section, model_class.config_class, location, revision, changes)
     else:
         if str(model_type).startswith("zoo_"):
@@ -67,7 +71,7 @@ def load_model(section: ModelSection, auto_class: str, labels: list[str] | None 
         arguments["trust_remote_code"] = section.trust_remote_code
     model = _open(section.path, model_class, location, arguments)
     if section.implementation == "native":
-        model.set_ragged(section.ragged)
+        model.set_ragged(section.ragged)  # type: ignore[operator]
     if source.kind != "hub":
         assert_same_weights(model, Path(location))
     return model
@@ -97,7 +101,10 @@ def _config(section: ModelSection, config_class, location, revision: str, change
                 raise UserError(
                     f"model.config.{key}: {type(config).__name__} has no such field{did_you_mean(key, known)}"
                 )
-        return config_class.from_pretrained(location, revision=revision, **changes)
+        config = config_class.from_pretrained(location, revision=revision, **changes)
+        # the changes are set on a config that has been validated without them
+        config.validate()
+        return config
     except UserError:
         raise
     except _LOAD_ERRORS as error:
@@ -110,6 +117,8 @@ def _open(path: str, model_class, location, arguments: dict[str, Any]) -> PreTra
             location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     except _LOAD_ERRORS as error:
+        if "attn_implementation" in arguments and isinstance(error, ImportError | ValueError):
+            raise UserError(f"model.attn_implementation: {_message(error)}") from error
         raise UserError(
             f"model {path}: its weights cannot be read: {_message(error)}; fetch or copy the checkpoint again"
         ) from error
@@ -149,12 +158,12 @@ def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = F
 
     whole: the directory is this model's own, so nothing may be aside.
     """
-    held = revert_weight_conversion(model, dict(model.state_dict()))
+    state = dict(model.state_dict())
+    held = revert_weight_conversion(model, state)
     prefix = f"{model.base_model_prefix}."
     seen, different, unknown = set(), [], []
     for name, tensor in _saved_tensors(directory):
-        names = (_new_norm(name), prefix + _new_norm(name), _new_norm(name).removeprefix(prefix))
-        key = next((key for key in names if key in held), None)
+        key = next((key for key in _names_in_a_model(name, prefix) if key in held), None)
         if key is None:
             unknown.append(name)
             continue
@@ -167,10 +176,12 @@ def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = F
     what = f"{len(different)} tensors differ, such as {different[0]}" if different else ""
     if not seen:
         what = "no tensor was found again"
-    elif whole and not what:
+    elif not what:
         # of tied tensors one is saved
-        saved = {held[key].data_ptr() for key in seen}
-        lost = unknown + [key for key, tensor in held.items() if key not in seen and tensor.data_ptr() not in saved]
+        found = {held[key].data_ptr() for key in seen}
+        found |= {tensor.data_ptr() for key, tensor in state.items() if not whole and _may_be_new(model, key)}
+        lost = [key for key, tensor in held.items() if key not in seen and tensor.data_ptr() not in found]
+        lost += unknown if whole else []
         what = f"{len(lost)} tensors are in one of them only, such as {lost[0]}" if lost else ""
     if what:
         raise RunError(f"the weights in {directory} and in the model are not the same: {what}; please report this")
@@ -186,8 +197,11 @@ def assert_same_adapter(model: PeftModel, directory: Path) -> None:
         raise RunError(f"the adapter in {directory} did not arrive in the model: {names}; please report this")
 
 
-def _new_norm(name: str) -> str:
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+def _names_in_a_model(name: str, prefix: str) -> Iterator[str]:
+    """What a saved tensor may be called in a model: with or without the base's prefix, old norms by their new names."""
+    new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    for one in (name, new):
+        yield from (one, prefix + one, one.removeprefix(prefix))
 
 
 def _saved_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

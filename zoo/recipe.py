@@ -142,6 +142,12 @@ class DataSection(Section):
         for ours, theirs in self.splits.items():
             if self.files and theirs not in self.files:
                 yield ("splits", ours), f"data.files has no split {theirs}{did_you_mean(theirs, self.files)}"
+        for kind in ("columns", "splits"):
+            named: dict[str, str] = dict(getattr(self, kind))
+            for key, value in named.items():
+                first = next(other for other in named if named[other] == value)
+                if first != key:
+                    yield (kind, key), f"data.{kind}.{first} is {value} already; one {kind[:-1]} has one use"
         if self.name is not None and (self.format or self.files or self.path.startswith("pypi://")):
             yield ("name",), "name is a configuration of a hub dataset; with files or a format nothing reads it"
         yield from _revision_contradiction(self.path, self.revision)

@@ -15,13 +15,13 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from zoo.data import load_splits
-from zoo.errors import UserError
+from zoo.errors import UserError, did_you_mean
 from zoo.files import write_json, write_text
-from zoo.loading import load_model, load_tokenizer
+from zoo.loading import assert_same_weights, load_model, load_tokenizer
 from zoo.memory import keep_freed_memory, peak_memory_bytes
 from zoo.recipe import Recipe
 from zoo.tasks import TASKS, Task
-from zoo.trainer import EventLog, ZooTrainer, newest_complete
+from zoo.trainer import EventLog, ZooTrainer, newest_complete, writing
 
 METRICS = "metrics.json"
 RECIPE = "recipe.yaml"
@@ -33,12 +33,13 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     resume: continue an unfinished run in `output_dir`, or report a finished one. Raises UserError for a directory in
     use, wrong data or a wrong checkpoint; RunError for a run that cannot go on.
     """
-    checkpoint = _prepare(recipe, output_dir, resume)
+    _check_directory(recipe, output_dir, resume)
     if (output_dir / METRICS).exists():
         print(f"{output_dir} is finished; nothing is trained again")
         return json.loads((output_dir / METRICS).read_text())
     task = TASKS[recipe.task.type]
     arguments = training_arguments(recipe, output_dir)
+    _check_choice(arguments, task)
     keep_freed_memory()
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
@@ -46,10 +47,11 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     for note in splits.notes:
         print(note)
     model = load_model(recipe.model, task.auto_class, splits.labels)
-    events = EventLog(output_dir / "events.jsonl")
     check_length(recipe, model)
     train_rows, eval_rows = (encoded(rows, recipe, task, tokenizer) for rows in (splits.train, splits.validation))
     trainer = build_trainer(task, model, tokenizer, arguments, train_rows, eval_rows)
+    checkpoint = _claim(recipe, output_dir, arguments)
+    events = EventLog(output_dir / "events.jsonl")
     trainer.add_callback(events)
     trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(trained.metrics)
@@ -65,12 +67,13 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     return metrics
 
 
-def _prepare(recipe: Recipe, output_dir: Path, resume: bool) -> Path | None:
-    """The checkpoint to continue from, if any; refuses a directory that holds something else."""
+def _check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
+    """Refuses a directory that holds something else, or that cannot be made."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir}: a file of that name exists")
     old = output_dir / RECIPE
-    if output_dir.exists() and any(output_dir.iterdir()):
+    # folders without a file in them are what a refused recipe has left
+    if any(not path.is_dir() for path in output_dir.rglob("*")):
         if not old.exists():
             raise UserError(f"--output-dir {output_dir}: not empty, and not a run of zoo; choose another directory")
         if not resume:
@@ -83,10 +86,22 @@ def _prepare(recipe: Recipe, output_dir: Path, resume: bool) -> Path | None:
             raise UserError(f"--output-dir {output_dir}: its run had another recipe ({old}); choose another directory")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(old, recipe.to_yaml())
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
-    return newest_complete(output_dir / "checkpoints")
+
+
+def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Path | None:
+    """Makes the directory this run's, now that nothing speaks against it; returns the checkpoint to continue from."""
+    try:
+        write_text(output_dir / RECIPE, recipe.to_yaml())
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
+    checkpoint = newest_complete(output_dir / "checkpoints")
+    if checkpoint is not None and arguments.save_only_model:
+        raise UserError(
+            f"train.save_only_model: {checkpoint} holds no optimizer, so the run cannot continue; delete {output_dir}"
+        )
+    return checkpoint
 
 
 def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
@@ -97,8 +112,25 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
             remove_unused_columns=False,
             **{"report_to": "none", "dataloader_pin_memory": torch.accelerator.is_available(), **recipe.train},
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"train: refused by transformers: {str(error).splitlines()[0]}") from error
+    except _REFUSALS as error:
+        raise _refused(error) from error
+
+
+# what transformers raises for values that its source alone does not rule out
+_REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, KeyError)
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(f"train: refused by transformers: {next(iter(str(error).splitlines()), type(error).__name__)}")
+
+
+def _check_choice(arguments: TrainingArguments, task: Task) -> None:
+    """Raises UserError where the best checkpoint is chosen by a metric that the task does not measure."""
+    metric = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    known = ("loss", *task.metric_names)
+    if metric not in known:
+        near = did_you_mean(metric, known) or f"; it is one of {', '.join(known)}"
+        raise UserError(f"train.metric_for_best_model: {task.name} does not measure {metric!r}{near}")
 
 
 def encoded(rows, recipe: Recipe, task: Task, tokenizer):
@@ -116,16 +148,25 @@ def build_trainer(
     eval_rows=None,
     trainer_class=ZooTrainer,
 ) -> ZooTrainer:
-    """A Trainer on encoded rows."""
-    return trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        data_collator=task.collate(tokenizer),
-        compute_metrics=task.metrics,
-        processing_class=tokenizer,
-    )
+    """A Trainer on encoded rows. Raises UserError for a `train` section it cannot work with."""
+    try:
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=task.collate(tokenizer),
+            compute_metrics=task.metrics,
+            processing_class=tokenizer,
+        )
+        if train_rows is not None:
+            # made now, while it is plain whose words were wrong; the scheduler is made again when the steps are known
+            trainer.create_optimizer()
+            trainer.create_scheduler(1)
+            trainer.get_train_dataloader()
+        return trainer
+    except _REFUSALS as error:
+        raise _refused(error) from error
 
 
 def check_length(recipe: Recipe, model) -> None:
@@ -141,13 +182,15 @@ def _save(recipe: Recipe, model, tokenizer, metrics: dict[str, Any], output_dir:
     shutil.rmtree(new, ignore_errors=True)
     # standard attention is saved as the official class, so that any tool opens it
     official = recipe.model.implementation == "native" and not _has_variant(model)
-    model.save_pretrained(new, **({"official": True} if official else {}))
-    tokenizer.save_pretrained(new)
-    write_text(new / "README.md", _card(recipe, metrics))
-    for file in sorted(new.iterdir()):
-        os.replace(file, output_dir / file.name)
-    new.rmdir()
-    write_json(output_dir / METRICS, metrics)
+    with writing(output_dir):
+        model.save_pretrained(new, **({"official": True} if official else {}))
+        tokenizer.save_pretrained(new)
+        write_text(new / "README.md", _card(recipe, metrics))
+        assert_same_weights(model, new, whole=True)
+        for file in sorted(new.iterdir()):
+            os.replace(file, output_dir / file.name)
+        new.rmdir()
+        write_json(output_dir / METRICS, metrics)
 
 
 def _has_variant(model) -> bool:

@@ -31,8 +31,13 @@ class ZooTrainer(Trainer):
     """
 
     rows: list[int] = []
+    resumed_from: Path | None = None
     started = 0.0
     seconds_before = 0.0  # of training, before this run was resumed
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Begin(self))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         rows = inputs.pop("row", None)
@@ -69,7 +74,8 @@ class ZooTrainer(Trainer):
         model = self.model if model is None else model
         if isinstance(model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        _restore(model, Path(resume_from_checkpoint))
+        self.resumed_from = Path(resume_from_checkpoint)
+        _restore(model, self.resumed_from)
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PeftModel):
@@ -84,23 +90,22 @@ class ZooTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         return done
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once on resume, before the first step: what is summed up continues, as what is drawn does."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            progress = json.loads(Path(checkpoint, PROGRESS).read_text())
+    def begin(self) -> None:
+        """Before the first step: sums go on from where a resumed run had them."""
+        self.started = time.time()
+        if self.resumed_from is not None:
+            progress = json.loads((self.resumed_from / PROGRESS).read_text())
             self._tr_loss.fill_(progress["loss_since_logged"])
             self._total_loss_scalar = progress["loss_logged"]
             self._globalstep_last_logged = progress["step_logged"]
+            self.seconds_before = progress["seconds"]
 
-    def _run_epoch(self, *, start_time: float, **kwargs) -> None:
-        self.started = start_time
+    def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # stopped after its last checkpoint: the stock loop would train one step more
-            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            # resumed after its last checkpoint: the stock loop would train one step more
             self.control.should_training_stop = True
             return
-        super()._run_epoch(start_time=start_time, **kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples: int, start_time: float):
         # time, speed and mean loss of the whole run
@@ -135,6 +140,16 @@ class ZooTrainer(Trainer):
         }
 
 
+class _Begin(TrainerCallback):
+    """Tells the trainer that it has set its sums to 0 and comes to the first step."""
+
+    def __init__(self, trainer: ZooTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin()
+
+
 class _GroupedByLength(LengthGroupedSampler):
     """Its order depends on the seed and the epoch alone; the stock one draws from the generator that dropout moves."""
 
@@ -148,7 +163,7 @@ class _GroupedByLength(LengthGroupedSampler):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Words for a full disk or a directory that is gone; torch's writer and that of safetensors have their own errors."""
+    """Words for a full disk or a directory that is gone. torch and safetensors have their own errors for it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -4,8 +4,11 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from . import modeling_bert, modeling_gpt2, modeling_t5
+from .modeling_bert import *
 from .modeling_bert import ZooBertPreTrainedModel
+from .modeling_gpt2 import *
 from .modeling_gpt2 import ZooGPT2PreTrainedModel
+from .modeling_t5 import *
 from .modeling_t5 import ZooT5PreTrainedModel
 
 # official model type -> the family's base class; its module holds the heads

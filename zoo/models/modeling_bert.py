@@ -458,3 +458,17 @@ class ZooBertForQuestionAnswering(_BertHead):
 
 # every BERT head holds a ZooBertModel, whose map serves them all
 register_key_map(["ZooBertModel"], KEY_MAP)
+
+__all__ = [
+    "ZooBertConfig",
+    "ZooBertForMaskedLM",
+    "ZooBertForMultipleChoice",
+    "ZooBertForNextSentencePrediction",
+    "ZooBertForPreTraining",
+    "ZooBertForPreTrainingOutput",
+    "ZooBertForQuestionAnswering",
+    "ZooBertForSequenceClassification",
+    "ZooBertForTokenClassification",
+    "ZooBertModel",
+    "ZooBertPreTrainedModel",
+]

@@ -254,3 +254,10 @@ class ZooGPT2LMHeadModel(ZooGPT2PreTrainedModel, GenerationMixin):
 
 
 register_key_map(["ZooGPT2Model"], KEY_MAP)
+
+__all__ = [
+    "ZooGPT2Config",
+    "ZooGPT2LMHeadModel",
+    "ZooGPT2Model",
+    "ZooGPT2PreTrainedModel",
+]

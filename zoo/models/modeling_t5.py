@@ -330,3 +330,10 @@ class ZooT5ForConditionalGeneration(ZooT5PreTrainedModel, GenerationMixin):
 
 # the stacks stand directly under the head, so the head itself is the root of a load
 register_key_map(["ZooT5ForConditionalGeneration"], key_map(PLAIN | GATED))
+
+__all__ = [
+    "ZooT5Config",
+    "ZooT5ForConditionalGeneration",
+    "ZooT5PreTrainedModel",
+    "ZooT5Stack",
+]

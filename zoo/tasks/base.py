@@ -13,7 +13,8 @@ from zoo.recipe import TaskSection
 class Task:
     """encode: (tokenizer, section) -> a function of a batch of rows, as `Dataset.map` calls it.
     collate: (tokenizer) -> a function of a list of encoded rows to a batch of tensors.
-    metrics: of the gathered logits and labels. roles: the columns it reads; a task without pairs has no text_pair.
+    metrics: of the gathered logits and labels, under `metric_names`.
+    roles: the columns it reads; a task without pairs has no text_pair.
     """
 
     name: str
@@ -22,4 +23,4 @@ class Task:
     encode: Callable[[PreTrainedTokenizerBase, TaskSection], Callable[[dict[str, list]], dict[str, list]]]
     collate: Callable[[PreTrainedTokenizerBase], Callable[[list[dict[str, Any]]], dict[str, Any]]]
     metrics: Callable[[EvalPrediction], dict[str, float]]
-    main_metric: str
+    metric_names: tuple[str, ...]

@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
+from zoo.errors import UserError
 from zoo.recipe import TaskSection
 from zoo.tasks.base import Task
 
@@ -13,6 +14,10 @@ from zoo.tasks.base import Task
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
     def encode(rows: dict[str, list]) -> dict[str, list]:
         pairs = (rows["text_pair"],) if "text_pair" in rows else ()
+        special = tokenizer.num_special_tokens_to_add(pair=bool(pairs))
+        if section.max_length <= special:
+            # the tokenizer would not cut at all
+            raise UserError(f"task.max_length: {section.max_length}, but {special} tokens are special; give more")
         # a pair is cut at its longer text
         encoded = tokenizer(rows["text"], *pairs, truncation=True, max_length=section.max_length)
         return {**encoded, "labels": rows["label"]}
@@ -21,6 +26,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase):
+    if tokenizer.pad_token is None:
+        raise UserError("model: its tokenizer has no padding token; save it with one (tokenizer.pad_token = ...)")
     pad = DataCollatorWithPadding(tokenizer)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,5 +52,5 @@ TEXT_CLASSIFICATION = Task(
     encode=_encode,
     collate=_collate,
     metrics=_metrics,
-    main_metric="accuracy",
+    metric_names=("accuracy", "f1_macro"),
 )

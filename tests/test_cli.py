@@ -1,0 +1,208 @@
+"""The command line as a person meets it: exit statuses, words instead of tracebacks, one JSON object, a fast start."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zoo.recipe import load_recipe, shipped_recipes
+
+REPO = Path(__file__).parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+# a command of the server's has the libraries from the start; what it does is that of `python cli.py`
+SERVER.set_forkserver_preload(["cli", "zoo.train", "zoo.evaluation", "zoo.bench"])
+
+
+def _command(arguments: tuple[str, ...], cwd: Path, streams: tuple[Path, Path]) -> None:
+    os.chdir(cwd)
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["zoo", *arguments]
+    import cli
+
+    cli.app()
+
+
+def zoo(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of a command. A traceback is never an answer."""
+    streams = cwd / ".stdout", cwd / ".stderr"
+    process = SERVER.Process(target=_command, args=(arguments, cwd, streams))
+    process.start()
+    process.join(240)
+    out, err = (stream.read_text() for stream in streams)
+    assert "Traceback" not in out + err, out + err
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode, out, " ".join(err.split())
+
+
+def plain(*arguments: str, cwd: Path = REPO) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(REPO / "cli.py"), *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tiny_bert, r8, tmp_path) -> Path:
+    """With tiny.yaml, a recipe of a few seconds."""
+    recipe = f"""
+name: tiny
+model: {{path: {tiny_bert}}}
+task: {{type: text-classification, max_length: 32}}
+data: {{path: {r8}, files: {{train: train.csv, test: test.csv}}}}
+train:
+  max_steps: 8
+  per_device_train_batch_size: 8
+  eval_strategy: steps
+  eval_steps: 4
+  save_steps: 4
+  logging_steps: 1
+  load_best_model_at_end: true
+  metric_for_best_model: accuracy
+"""
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    return tmp_path
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["trian"], 2, "No such command 'trian'"),
+        (["train"], 2, "Missing argument 'RECIPE'"),
+        (["train", "tiny.yml"], 2, "tiny.yml: neither a file"),
+        (["train", "bert/finetune-topic"], 2, "did you mean bert/finetune-topics?"),
+        (["train", "."], 2, ".: is a directory (with tiny.yaml); name a recipe's .yaml file"),
+        (["train", "tiny.yaml", "--smok"], 2, "No such option: --smok"),
+        (["train", "tiny.yaml", "train.learning_rat=1"], 2, "did you mean learning_rate?"),
+        (["train", "tiny.yaml", "train.learning_rate"], 2, "an override is written section.key=value"),
+        (["train", "tiny.yaml", "train.resume_from_checkpoint=x"], 2, "add --resume to the command"),
+        (["train", "tiny.yaml", "data.splits={test: train, train: train}"], 2, "one split has one use"),
+        (["train", "tiny.yaml", "--output-dir", "tiny.yaml"], 2, "a file of that name exists"),
+        (["train", "tiny.yaml", "--output-dir", "."], 2, "not empty, and not a run of zoo"),
+        (["train", "tiny.yaml", "model.path=./nowhere"], 2, "no such file or directory"),
+        (["train", "tiny.yaml", "model.path=no/such-model"], 2, "zoo: model no/such-model: "),
+        (
+            ["train", "tiny.yaml", "data.path=no/such-data", "data.files={}"],
+            2,
+            "zoo: data no/such-data: cannot be read",
+        ),
+        (["train", "tiny.yaml", "data.columns.label=topic"], 2, "no column 'topic'; it has text, label"),
+        (["train", "tiny.yaml", "model.attention=loca"], 2, "'loca'"),
+        (["train", "tiny.yaml", "task.max_length=1"], 2, "task.max_length: 1"),
+        (["train", "tiny.yaml", "model.attn_implementation=flash_attention_2"], 2, "model.attn_implementation: "),
+        (["train", "tiny.yaml", "train.fp16=true", "train.eval_steps=3"], 2, "train: refused by transformers: "),
+        (["train", "tiny.yaml", "train.learning_rate=1e30", "train.max_grad_norm=0.0"], 1, "the loss is nan at step 2"),
+        (["evaluate", "nowhere"], 2, "nowhere: no such directory"),
+        (["evaluate", "."], 2, "not a finished run"),
+        (["evaluate", ".", "--split", "tset"], 2, "it is one of train, validation, test"),
+        (["bench", "finetune", "tiny.yaml", "--rounds", "0"], 2, "Invalid value for '--rounds'"),
+        (["bench", "finetune", "tiny.yaml", "model.implementation=official"], 2, "must be native"),
+        (["bench", "finetune", "tiny.yaml", "--max-length", "4096"], 2, "the model has 64 positions"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_words_for_what_is_wrong(folder, arguments, status, says):
+    code, out, err = zoo(*arguments, cwd=folder)
+    # a frame of rich may break a line anywhere
+    assert (code, says.replace(" ", "")) == (status, says.replace(" ", "")) and says.replace(" ", "") in "".join(
+        character for character in err if character not in "│╭╮╰╯─ "
+    ), err
+    assert not list(folder.glob("runs/*/model.safetensors"))
+
+
+def test_the_file_itself_speaks_the_same_way(folder):
+    done = plain("train", "tiny.yaml", "train.sed=1", cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "zoo: command line: train.sed=1: unknown key; did you mean seed?\n"
+
+
+# Answers
+
+
+def test_one_json_object(folder):
+    code, out, err = zoo("train", "tiny.yaml", "--json", cwd=folder)
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer.pop("directory") == "runs/tiny"
+    assert answer == json.loads((folder / "runs" / "tiny" / "metrics.json").read_text())
+    code, out, err = zoo("evaluate", "runs/tiny", "--json", cwd=folder)
+    again = json.loads(out)
+    assert code == 0 and again["test_accuracy"] == answer["test_accuracy"] and again["directory"] == "runs/tiny"
+    code, out, err = zoo("train", "tiny.yaml", "--resume", "--json", cwd=folder)
+    assert code == 0 and json.loads(out)["test_loss"] == answer["test_loss"]
+    code, out, err = zoo("train", "tiny.yaml", "--json", cwd=folder)
+    assert (code, out) == (2, "") and "holds a finished run; add --resume" in err
+    code, out, err = zoo("evaluate", "runs/tiny", "--split", "validation", cwd=folder)
+    assert code == 0 and f"{answer['eval_accuracy']:.4f}" in out and "validation_accuracy" in out
+
+
+def test_interrupted_and_resumed(folder):
+    longer = ["train.max_steps=120", "train.eval_steps=10", "train.save_steps=10", "train.seed=5"]
+    command = [sys.executable, str(REPO / "cli.py"), "train", "tiny.yaml", "--output-dir", "run", *longer]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("run/checkpoints/checkpoint-10/complete.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.rstrip().endswith("zoo: interrupted; continue with --resume") and "Traceback" not in err
+    assert not (folder / "run" / "metrics.json").exists()
+    for number, directory in enumerate(("run", "whole")):
+        code, out, err = zoo("train", "tiny.yaml", "--output-dir", directory, "--resume", *longer, cwd=folder)
+        assert code == 0, (number, err)
+    ends = [load_file(folder / name / "model.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+# The start
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """Of the fastest of three."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert plain(*arguments).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(taken)
+
+
+# typer reads the parameters of a command with pydantic, which alone takes 0.1 s
+@pytest.mark.parametrize(
+    ("arguments", "limit"), [(["--help"], 0.3), (["train", "--help"], 0.5), (["bench", "finetune", "--help"], 0.5)]
+)
+def test_help_is_there_at_once(arguments, limit):
+    assert cpu_seconds(*arguments) < limit
+    code = f"import sys; sys.argv = {['zoo', *arguments]!r}\n"
+    code += "import cli\ntry:\n    cli.app()\nexcept SystemExit:\n    pass\n"
+    code += "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()" and "Usage:" in done.stdout
+
+
+# The shipped recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_run(tmp_path, name):
+    """The real model and the real data, a few rows of them."""
+    assert load_recipe(name).smoke().train["max_steps"] == 4
+    text = shipped_recipes()[name].read_text()
+    assert text.startswith("# ") and f"# Run: zoo train recipes/{name}.yaml" in text and "# Expected: " in text
+    code, out, err = zoo("train", name, "--smoke", "--json", "data.limit=24", "--output-dir", "run", cwd=tmp_path)
+    assert code == 0, err
+    answer = json.loads(out)
+    assert 0 <= answer["test_accuracy"] <= 1 and 0 < answer["test_loss"] < 4

@@ -1,0 +1,510 @@
+"""A whole run: what it leaves behind, how it is chosen, and that an interrupted one ends like one that was not."""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+
+import zoo.evaluation
+from zoo.data import load_splits
+from zoo.errors import RunError, UserError
+from zoo.loading import load_model, load_tokenizer
+from zoo.recipe import Recipe
+from zoo.tasks import TASKS
+from zoo.train import build_trainer, encoded, run
+from zoo.trainer import ZooTrainer, newest_complete
+
+STEPS, SAVE, TRAIN_ROWS = 40, 4, 72
+
+
+def make_recipe(model: Path, data: Path, train: dict | None = None, **model_keys) -> Recipe:
+    """40 steps over four epochs, dropout on, checkpoints that do not fall on the steps that are logged."""
+    arguments = {
+        "max_steps": STEPS, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16, "learning_rate": 3e-3,
+        "eval_strategy": "steps", "eval_steps": SAVE, "save_steps": SAVE, "save_total_limit": 2, "logging_steps": 3,
+        "load_best_model_at_end": True, "metric_for_best_model": "accuracy", "disable_tqdm": True, "seed": 7,
+    }  # fmt: skip
+    fields = {
+        "name": "tiny",
+        "model": {"path": str(model), **model_keys},
+        "task": {"type": "text-classification", "max_length": 32},
+        "data": {"path": str(data), "files": {"train": "train.csv", "test": "test.csv"}, "validation": 0.25},
+        "train": arguments | (train or {}),
+    }
+    return Recipe.model_validate(fields)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_bert, r8) -> Recipe:
+    return make_recipe(tiny_bert, r8)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    """The run that nobody interrupts."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    run(recipe, directory)
+    return directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def without_time(values: dict) -> dict:
+    timed = ("runtime", "per_second", "peak_memory_bytes")
+    return {name: value for name, value in values.items() if not name.endswith(timed)}
+
+
+def events(directory: Path, *phases: str) -> list[tuple[int, dict]]:
+    lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [(line["step"], without_time(line["values"])) for line in lines if line["phase"] in phases]
+
+
+def log_history(directory: Path) -> list[dict]:
+    state = json.loads((directory / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [without_time(entry) for entry in state["log_history"]]
+
+
+# The directory
+
+
+def test_what_a_run_leaves_behind(finished, recipe):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "README.md", "checkpoints", "config.json", "events.jsonl", "metrics.json", "model.safetensors", "recipe.yaml",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("bert", ["BertForSequenceClassification"])
+    assert config["id2label"] == {"0": "acq", "1": "crude", "2": "earn"} and "auto_map" not in config
+    assert (finished / "recipe.yaml").read_text() == recipe.to_yaml()
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(STEPS * 8, rel=0.01)
+    assert f"| test_accuracy | {metrics['test_accuracy']:.4g} |" in (finished / "README.md").read_text()
+    assert events(finished, "finished") == [(STEPS, without_time(metrics))]
+    assert [step for step, _ in events(finished, "save")] == list(range(SAVE, STEPS + 1, SAVE))
+
+
+def test_the_official_class_gets_the_same_answers(finished, recipe, r8):
+    rows = load_splits(recipe.data, TASKS["text-classification"].roles, 7).test
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    official, info = AutoModelForSequenceClassification.from_pretrained(finished, output_loading_info=True)
+    assert type(official).__module__.startswith("transformers.models.bert") and not info["missing_keys"]
+    native = load_model(recipe.model.model_copy(update={"path": str(finished)}), "AutoModelForSequenceClassification")
+    batch = tokenizer(list(rows["text"]), padding=True, truncation=True, max_length=32, return_tensors="pt")
+    with torch.no_grad():
+        theirs, ours = official.eval()(**batch).logits, native.eval()(**batch).logits
+    assert (theirs - ours).abs().max() < 1e-5
+    labels = torch.tensor(rows["label"])
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["test_accuracy"] == pytest.approx((theirs.argmax(-1) == labels).float().mean().item())
+    assert metrics["test_loss"] == pytest.approx(torch.nn.functional.cross_entropy(theirs, labels).item(), abs=1e-6)
+
+
+def test_evaluate_finds_the_same_metrics(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for split, prefix in (("test", "test"), ("validation", "eval")):
+        again = zoo.evaluation.run(finished, split)
+        for name in ("loss", "accuracy", "f1_macro"):
+            assert again[f"{split}_{name}"] == pytest.approx(metrics[f"{prefix}_{name}"], abs=1e-6), (split, name)
+
+
+def test_evaluate_of_what_is_not_finished_or_not_read(finished, tmp_path):
+    unfinished = shutil.copytree(finished, tmp_path / "unfinished", ignore=shutil.ignore_patterns("checkpoints"))
+    for override in ("model.path=elsewhere", "model={path: elsewhere}", "name=other"):
+        with pytest.raises(UserError) as caught:
+            zoo.evaluation.run(unfinished, "test", [override])
+        assert str(caught.value).startswith(f"{override}: an evaluation does not read it; it reads data")
+    (unfinished / "metrics.json").unlink()
+    with pytest.raises(UserError, match="not a finished run"):
+        zoo.evaluation.run(unfinished)
+    with pytest.raises(UserError, match="no such directory"):
+        zoo.evaluation.run(tmp_path / "nowhere")
+
+
+# The choice
+
+
+def test_the_best_checkpoint_is_what_is_saved(finished):
+    logged = {step: values["eval_accuracy"] for step, values in events(finished, "evaluate")[:-1]}
+    assert len(logged) == STEPS // SAVE and len(set(logged.values())) > 1, "the metric moves"
+    best = max(logged, key=lambda step: (logged[step], -step))
+    assert best != STEPS, "the last is not the best here, so that the choice is seen"
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["eval_accuracy"] == logged[best] == max(logged.values())
+    assert differing(weights(finished), weights(finished / "checkpoints" / f"checkpoint-{best}")) == []
+    assert differing(weights(finished), weights(finished / "checkpoints" / f"checkpoint-{STEPS}")) != []
+
+
+def test_the_test_split_is_read_after_the_choice(recipe, tmp_path, monkeypatch):
+    order = []
+    load_best, evaluate = ZooTrainer._load_best_model, ZooTrainer.evaluate
+
+    def noted_choice(self):
+        order.append("choice")
+        load_best(self)
+
+    def noted_evaluation(self, rows=None, *args, **kwargs):
+        order.append(kwargs.get("metric_key_prefix", "eval"))
+        return evaluate(self, rows, *args, **kwargs)
+
+    monkeypatch.setattr(ZooTrainer, "_load_best_model", noted_choice)
+    monkeypatch.setattr(ZooTrainer, "evaluate", noted_evaluation)
+    short = recipe.model_copy(update={"train": recipe.train | {"max_steps": 8}})
+    run(short, tmp_path / "run")
+    assert order == ["eval", "eval", "choice", "eval", "test"]
+
+
+# Interrupted
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["zoo.train"])
+
+
+def killed(recipe: Recipe, directory: Path, at) -> None:
+    """Starts the run in a process of its own and kills it (SIGKILL) as soon as `at(directory)` is true."""
+    process = SERVER.Process(target=run, args=(recipe, directory, directory.exists()))
+    process.start()
+    assert process.pid is not None
+    while process.is_alive():
+        time.sleep(0.0005)
+        if at(directory):
+            # stopped, so that what was seen still holds when it is killed
+            os.kill(process.pid, signal.SIGSTOP)
+            if at(directory):
+                break
+            os.kill(process.pid, signal.SIGCONT)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended by itself before it could be killed"
+    assert not (directory / "metrics.json").exists()
+
+
+def checkpoints(directory: Path) -> dict[int, Path]:
+    found = (directory / "checkpoints").glob("checkpoint-*")
+    return {int(path.name.partition("-")[2]): path for path in found}
+
+
+def after_step(step: int):
+    def reached(directory: Path) -> bool:
+        done = checkpoints(directory)
+        return max(done, default=0) >= step and (done[max(done)] / "complete.json").exists()
+
+    return reached
+
+
+def while_writing(directory: Path) -> bool:
+    """In the middle of a checkpoint that is not the first."""
+    done = checkpoints(directory)
+    return max(done, default=0) > 3 * SAVE and not (done[max(done)] / "complete.json").exists()
+
+
+@pytest.mark.parametrize("at", [after_step(5 * SAVE), while_writing, after_step(STEPS)], ids=["middle", "write", "end"])
+def test_a_killed_run_resumes_as_if_nothing_had_happened(recipe, finished, tmp_path, at):
+    directory = tmp_path / "run"
+    killed(recipe, directory, at)
+    left = checkpoints(directory)
+    begun = [] if (left[max(left)] / "complete.json").exists() else [max(left)]
+    assert len(begun) == (at is while_writing)
+    moved = tmp_path / "moved"  # the state names the best checkpoint by its old path
+    directory.rename(moved)
+    metrics = run(recipe, moved, resume=True)
+    expected = json.loads((finished / "metrics.json").read_text())
+    assert without_time(metrics) == without_time(expected)
+    assert differing(weights(moved), weights(finished)) == []
+    assert differing(weights(checkpoints(moved)[STEPS]), weights(checkpoints(finished)[STEPS])) == []
+    assert log_history(moved) == log_history(finished)
+    resumed_at = [step for step, _ in events(moved, "begin")][-1]
+    assert resumed_at == max(step for step in left if step not in begun)
+    # the lines before a resume count up to its step
+    assert dict(events(moved, "train")) == dict(events(finished, "train"))
+    speed = metrics["train_samples_per_second"] * metrics["train_runtime"]
+    assert speed == pytest.approx(STEPS * 8, rel=0.01), "time and samples are those of the whole run"
+
+
+def test_checkpoints_that_are_not_whole(finished, tmp_path, capsys):
+    directory = shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    steps = sorted(int(path.name.partition("-")[2]) for path in directory.iterdir())
+    assert len(steps) == 2 and steps[-1] == STEPS, "the best and the last are kept"
+    newest, best = directory / f"checkpoint-{STEPS}", directory / f"checkpoint-{steps[0]}"
+    (directory / "checkpoint-99").mkdir()
+    (directory / "checkpoint-notes").mkdir()
+    assert newest_complete(directory) == newest
+    assert "checkpoint-99 is not complete" in capsys.readouterr().out
+    content = bytearray((newest / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(content)
+    assert newest_complete(directory) == best and not newest.exists(), "one flipped bit is seen"
+    (best / "complete.json").write_text('{"files": ')
+    assert newest_complete(directory) is None
+    assert [path.name for path in directory.iterdir()] == ["checkpoint-notes"]
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_complete(recipe, tmp_path, monkeypatch):
+    import zoo.trainer
+
+    rotate, seen = zoo.trainer.rotate_checkpoints, []
+
+    def noted(output_dir, **kwargs):
+        paths = list(Path(output_dir).glob("checkpoint-*"))
+        assert all((path / "complete.json").exists() for path in paths)
+        rotate(output_dir=output_dir, **kwargs)
+        seen.append((len(paths), len(list(Path(output_dir).glob("checkpoint-*")))))
+
+    monkeypatch.setattr(zoo.trainer, "rotate_checkpoints", noted)
+    plain = {"max_steps": 8, "eval_strategy": "no", "save_steps": 2, "load_best_model_at_end": False}
+    run(recipe.model_copy(update={"train": recipe.train | plain}), tmp_path / "run")
+    assert seen == [(1, 1), (2, 2), (3, 2), (3, 2)]
+
+
+def test_a_disk_that_is_full(recipe, tmp_path):
+    """A limit on the size of files stands for it: the checkpoint is not complete, and the error says where."""
+    process = SERVER.Process(target=_run_with_small_files, args=(recipe, tmp_path / "run", tmp_path / "said"))
+    process.start()
+    process.join(60)
+    said = (tmp_path / "said").read_text()
+    assert "checkpoint-4: cannot be written: " in said and "continue with --resume" in said
+    assert newest_complete(tmp_path / "run" / "checkpoints") is None
+
+
+def _run_with_small_files(recipe: Recipe, directory: Path, answer: Path) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    try:
+        run(recipe, directory)
+    except RunError as error:
+        answer.write_text(str(error))
+
+
+# Losses that are not numbers
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"learning_rate": 1e30, "max_grad_norm": 0.0}, "the loss is nan at step 2, on train rows ["),
+        ({"learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 1, "eval_strategy": "no",
+          "load_best_model_at_end": False}, "eval_loss is nan after step 1"),
+    ],
+    ids=["in training", "after the last step"],
+)  # fmt: skip
+def test_nan_stops_the_run(recipe, tmp_path, train, says):
+    with pytest.raises(RunError) as caught:
+        run(recipe.model_copy(update={"train": recipe.train | train}), tmp_path / "run")
+    assert says in str(caught.value) and "lower learning_rate" in str(caught.value)
+    assert not (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "metrics.json").exists()
+    for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+@pytest.mark.parametrize(("poison", "word"), [(math.inf, "inf"), (math.nan, "nan")])
+def test_the_rows_of_a_wrong_loss_are_named(recipe, tmp_path, poison, word):
+    trainer = make_trainer(recipe, tmp_path, {"max_steps": 9, "eval_strategy": "no", "load_best_model_at_end": False})
+    rows = trainer.train_dataset
+    loss = trainer.compute_loss
+
+    def poisoned(model, inputs, *args, **kwargs):
+        return loss(model, inputs, *args, **kwargs) * (poison if poisoned_row in trainer.rows else 1.0)
+
+    trainer.compute_loss = poisoned
+    poisoned_row = rows[40]["row"]
+    with pytest.raises(RunError, match=f"the loss is {word} at step") as caught:
+        trainer.train()
+    named = json.loads(str(caught.value).partition("rows ")[2].partition(";")[0])
+    assert poisoned_row in named and len(named) == 8 and set(named) <= set(rows["row"])
+
+
+# The directory is somebody's
+
+
+def test_directories_that_are_refused(recipe, finished, tmp_path):
+    def refused(directory: Path, resume: bool = False, recipe: Recipe = recipe) -> str:
+        with pytest.raises(UserError) as caught:
+            run(recipe, directory, resume)
+        return str(caught.value)
+
+    (tmp_path / "file").write_text("")
+    assert "a file of that name exists" in refused(tmp_path / "file")
+    assert "cannot be written" in refused(tmp_path / "file" / "below")
+    assert "cannot be written" in refused(Path("/proc/zoo"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    assert "not empty, and not a run of zoo" in refused(tmp_path / "full", resume=True)
+    assert "holds a finished run; add --resume" in refused(finished)
+    other = recipe.model_copy(update={"train": recipe.train | {"seed": 8}})
+    assert "its run had another recipe" in refused(finished, resume=True, recipe=other)
+    assert (finished / "recipe.yaml").read_text() == recipe.to_yaml()
+
+
+def test_a_recipe_that_is_refused_leaves_its_directory_free(recipe, tmp_path):
+    wrong = recipe.model_copy(update={"data": recipe.data.model_copy(update={"columns": {"text": "txt"}})})
+    with pytest.raises(UserError, match="did you mean text"):
+        run(wrong, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_finished_run_is_not_trained_again(recipe, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert run(recipe, finished, resume=True) == json.loads((finished / "metrics.json").read_text())
+    assert "is finished; nothing is trained again" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"metric_for_best_model": "acuracy"}, "train.metric_for_best_model: .*'acuracy'; did you mean accuracy"),
+        ({"per_device_train_batch_size": 0}, "train: refused by transformers: batch_size"),
+        ({"learning_rate": -1.0}, "train: refused by transformers: Invalid learning rate"),
+        ({"lr_scheduler_kwargs": {"num_cycels": 1}}, "train: refused by transformers: .*num_cycels"),
+        ({"optim": "adamw_apex_fused"}, "train: refused by transformers: .*apex"),
+        ({"save_steps": 3}, "train: refused by transformers: .*load_best_model_at_end"),
+    ],
+)
+def test_train_sections_that_only_the_library_can_judge(recipe, tmp_path, train, says):
+    with pytest.raises(UserError, match=says):
+        run(recipe.model_copy(update={"train": recipe.train | train}), tmp_path / "run")
+    short = recipe.model_copy(update={"train": recipe.train | {"max_steps": 4}})
+    assert "test_accuracy" in run(short, tmp_path / "run"), "the directory is still free"
+
+
+def test_more_tokens_than_positions(recipe, tmp_path):
+    task = recipe.task.model_copy(update={"max_length": 65})
+    with pytest.raises(UserError, match=r"task.max_length: 65, but the model has 64 positions"):
+        run(recipe.model_copy(update={"task": task}), tmp_path / "run")
+
+
+# Variants
+
+
+def test_a_variant_carries_its_code(tiny_bert, r8, tmp_path):
+    variant = {"attention": ["full", "local"], "attention_kwargs": {"local": {"window": 2}}}
+    recipe = make_recipe(tiny_bert, r8, {"max_steps": 4}, **variant)
+    run(recipe, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model_type"] == "zoo_bert" and config["attention_kwargs"] == {"local": {"window": 2}}
+    section = make_recipe(tmp_path / "run", r8).model
+    model, tokenizer = load_model(section, "AutoModelForSequenceClassification").eval(), load_tokenizer(section)
+    assert model.config.attention == ["full", "local"], "a checkpoint keeps its attention"
+    text = "shares of the oil company rose on the takeover offer said traders"
+    ours = model(**tokenizer(text, return_tensors="pt")).logits
+    code = f"""
+import sys
+from transformers import pipeline
+answer = pipeline("text-classification", {str(tmp_path / "run")!r}, trust_remote_code=True, top_k=None,
+                  function_to_apply="none")([{text!r}])
+scores = {{one["label"]: one["score"] for one in answer[0]}}
+print([scores[name] for name in ("acq", "crude", "earn")])
+assert "zoo" not in sys.modules
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    clean["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert (ours[0] - theirs).abs().max() < 1e-5
+    again = zoo.evaluation.run(tmp_path / "run")
+    assert again["test_loss"] == pytest.approx(
+        json.loads((tmp_path / "run" / "metrics.json").read_text())["test_loss"], abs=1e-6
+    )
+
+
+# What a step is
+
+
+def make_trainer(recipe: Recipe, directory: Path, train: dict | None = None, **config) -> ZooTrainer:
+    task = TASKS["text-classification"]
+    arguments = recipe.train | {"report_to": "none", "remove_unused_columns": False} | (train or {})
+    torch.manual_seed(3)
+    splits = load_splits(recipe.data, task.roles, 7)
+    model = load_model(recipe.model.model_copy(update={"config": config}), task.auto_class, splits.labels)
+    tokenizer = load_tokenizer(recipe.model)
+    rows = [encoded(part, recipe, task, tokenizer) for part in (splits.train, splits.validation)]
+    settings = TrainingArguments(output_dir=str(directory), **arguments)
+    return build_trainer(task, model, tokenizer, settings, *rows)
+
+
+PLAIN = {"max_steps": 6, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def trained(trainer: ZooTrainer) -> dict[str, torch.Tensor]:
+    """The weights after training; the rows of each step are in `trainer.order`, the losses in `trainer.losses`."""
+    step, trainer.order, trainer.losses = trainer.training_step, [], []
+
+    def noted(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        trainer.order.append(trainer.rows)
+        trainer.losses.append(loss.item())
+        return loss
+
+    trainer.training_step = noted
+    trainer.train()
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def test_accumulated_batches_are_one_large_batch(recipe, tmp_path):
+    # Adam divides by the gradients' size, and so makes much of rounding where they are small
+    whole = PLAIN | {"per_device_train_batch_size": 16, "max_steps": 4, "optim": "sgd", "learning_rate": 0.1}
+    large = make_trainer(recipe, tmp_path, whole, **NO_DROPOUT)
+    halves = whole | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    small = make_trainer(recipe, tmp_path, halves, **NO_DROPOUT)
+    first, second = trained(large), trained(small)
+    assert [sorted(rows) for rows in large.order] == [
+        sorted(a + b) for a, b in zip(small.order[::2], small.order[1::2], strict=True)
+    ]
+    sums = [a + b for a, b in zip(small.losses[::2], small.losses[1::2], strict=True)]
+    assert large.losses == pytest.approx(sums, abs=1e-6)
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-6
+
+
+def test_a_seed_says_it_all(recipe, tmp_path):
+    def result(**changes):
+        trainer = make_trainer(recipe, tmp_path, PLAIN | changes)
+        return trained(trainer), trainer.order
+
+    first, order = result()
+    for same in (result(), result(dataloader_num_workers=2)):
+        assert differing(first, same[0]) == [] and same[1] == order
+    other = result(seed=8)
+    assert differing(first, other[0]) != [] and other[1] != order
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_the_order_is_a_function_of_seed_and_epoch(recipe, tmp_path, strategy):
+    """Whatever else draws random numbers, and also when the run begins in the middle of its second epoch."""
+    train = PLAIN | {"max_steps": 20, "save_strategy": "steps", "save_steps": 12, "train_sampling_strategy": strategy}
+    with_dropout = make_trainer(recipe, tmp_path / "a", train)
+    without = make_trainer(recipe, tmp_path / "b", train, **NO_DROPOUT)
+    end = trained(with_dropout)
+    trained(without)
+    assert with_dropout.order == without.order
+    epochs = [sorted(itertools.chain(*with_dropout.order[start : start + 9])) for start in (0, 9)]
+    assert epochs[0] == epochs[1] and len(set(epochs[0])) == TRAIN_ROWS
+    assert with_dropout.order[:9] != with_dropout.order[9:18]
+    resumed = make_trainer(recipe, tmp_path / "a", train)
+    step, order = resumed.training_step, []
+    resumed.training_step = lambda *args, **kwargs: (step(*args, **kwargs), order.append(resumed.rows))[0]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-12"))
+    assert order == with_dropout.order[12:]
+    assert differing(end, resumed.model.state_dict()) == []
