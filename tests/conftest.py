@@ -1,4 +1,4 @@
-"""Tests see no hub, few threads and warnings of transformers' own future as errors.
+"""Tests see no hub, and each worker one thread.
 
 The fixtures are a tiny official BERT with its own tokenizer, and small files of the real Reuters R8.
 """

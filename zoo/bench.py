@@ -22,7 +22,7 @@ from transformers import TrainerCallback, set_seed
 from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.loading import load_model, load_tokenizer
-from zoo.memory import keep_freed_memory, peak_memory_bytes
+from zoo.memory import peak_memory_bytes
 from zoo.recipe import Recipe
 from zoo.tasks import TASKS
 from zoo.train import build_trainer, check_length, encoded, training_arguments
@@ -40,7 +40,6 @@ def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict
         raise UserError("bench: the recipe's model.implementation must be native; the official side is added to it")
     if recipe.model.attention != "full":
         raise UserError("bench: a variant has no official class to be compared with; use attention: full")
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
         start = _start(recipe, directory)
         results = [_one_length(start, length, rounds, steps) for length in max_lengths]
@@ -175,7 +174,6 @@ def _loss_difference(subject: _Subject) -> float:
 
 
 def _peak_memory(recipe: Recipe, side: str, steps: int) -> int:
-    keep_freed_memory()
     with _trainer(_Subject(recipe), side, 0, steps) as trainer:
         trainer.train()
     return peak_memory_bytes()

@@ -18,7 +18,7 @@ from zoo.data import load_splits
 from zoo.errors import UserError, did_you_mean
 from zoo.files import write_json, write_text
 from zoo.loading import assert_same_weights, load_model, load_tokenizer
-from zoo.memory import keep_freed_memory, peak_memory_bytes
+from zoo.memory import peak_memory_bytes
 from zoo.recipe import Recipe
 from zoo.tasks import TASKS, Task
 from zoo.trainer import EventLog, ZooTrainer, newest_complete, writing
@@ -40,7 +40,6 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     task = TASKS[recipe.task.type]
     arguments = training_arguments(recipe, output_dir)
     _check_choice(arguments, task)
-    keep_freed_memory()
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     splits = load_splits(recipe.data, task.roles, arguments.seed)
