@@ -148,7 +148,11 @@ def test_one_json_object(folder):
 def test_interrupted_and_resumed(folder):
     longer = ["train.max_steps=120", "train.eval_steps=10", "train.save_steps=10", "train.seed=5"]
     command = [sys.executable, str(REPO / "cli.py"), "train", "tiny.yaml", "--output-dir", "run", *longer]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background job, as these tests may be, ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(folder.glob("run/checkpoints/checkpoint-10/complete.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()

@@ -299,8 +299,17 @@ def test_a_variant_opens_where_this_package_is_not(tmp_path):
             )
         directories[str(directory)] = autos[family]
     (tmp_path / "empty").mkdir()
-    # no package of ours on the path, whatever the environment has installed
-    blocked = "import sys; sys.path = [p for p in sys.path if 'site-packages' in p or 'lib' in p]\n"
+    # no package of ours, whatever the environment has installed and however
+    blocked = textwrap.dedent("""
+        import sys
+
+        class NotInstalled:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "zoo":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, NotInstalled())
+    """)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     result = subprocess.run(
