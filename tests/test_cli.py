@@ -210,3 +210,4 @@ def test_shipped_recipes_run(tmp_path, name):
     assert code == 0, err
     answer = json.loads(out)
     assert 0 <= answer["test_accuracy"] <= 1 and 0 < answer["test_loss"] < 4
+    assert "4/4 [" in err, "a bar shows the steps"

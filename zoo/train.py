@@ -105,11 +105,15 @@ def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Pa
 
 def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     """The recipe's `train` section, verbatim, with what the project decides."""
+    # the bar stays although the libraries' messages are quiet, which the library takes for a wish to have none
+    defaults = {
+        "report_to": "none",
+        "disable_tqdm": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
     try:
         return TrainingArguments(
-            output_dir=str(output_dir / "checkpoints"),
-            remove_unused_columns=False,
-            **{"report_to": "none", "dataloader_pin_memory": torch.accelerator.is_available(), **recipe.train},
+            output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **(defaults | recipe.train)
         )
     except _REFUSALS as error:
         raise _refused(error) from error
