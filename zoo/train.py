@@ -106,7 +106,7 @@ def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Pa
 def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     """The recipe's `train` section, verbatim, with what the project decides."""
     # the bar stays although the libraries' messages are quiet, which the library takes for a wish to have none
-    defaults = {
+    defaults: dict[str, Any] = {
         "report_to": "none",
         "disable_tqdm": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
