@@ -1,10 +1,12 @@
-"""Dropout from 16-bit draws: its rate, its scale, its gradient, and torch's own wherever a graph is taken."""
+"""Dropout from random bytes: its rate, its scale, its gradient, and torch's own wherever a graph is taken."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from zoo.models.dropout import LEVELS, Dropout, drop_below, keep_rate, random_levels
+from zoo.models.dropout import Dropout, random_bytes, random_keep, thinning_rate
 
 RATES = [0.1, 0.25, 0.9]
 
@@ -23,42 +25,51 @@ def test_nothing_or_everything_is_dropped_at_the_ends():
         Dropout(1.5)
 
 
-@pytest.mark.parametrize("p", RATES)
-def test_threshold_drops_the_share_it_says(p):
-    """Over all 65,536 levels, exactly; and the share is within half a level of p."""
-    levels = torch.arange(-LEVELS // 2, LEVELS // 2, dtype=torch.int32).to(torch.int16)
-    dropped = (levels < drop_below(p)).double().mean().item()
-    assert dropped == 1 - keep_rate(p)
-    assert abs(dropped - p) <= 0.5 / LEVELS
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.25, 0.3, 0.999])
+def test_bytes_and_thinning_drop_the_share_they_say(p):
+    """A byte below the threshold, or at least one of a Poisson number of hits."""
+    by_bytes, by_hits = math.floor(256 * p) / 256, 1 - math.exp(-thinning_rate(p))
+    assert 0 <= by_bytes <= p and by_hits >= 0
+    assert by_bytes + (1 - by_bytes) * by_hits == pytest.approx(p, abs=1e-12)
 
 
-def test_levels_are_uniform_in_each_lane():
-    """Every fourth value would never have its top bit set, were the range of `random_` left open."""
+def test_bytes_are_uniform_in_each_lane():
+    """Every eighth byte would never have its top bit set, were the range of `random_` left open."""
     torch.manual_seed(0)
-    count = 1 << 20
-    lanes = random_levels(count).view(-1, 4)
-    for lane in lanes.unbind(1):
-        for bit in range(16):
-            share = ((lane.int() >> bit) & 1).double().mean().item()
-            assert abs(share - 0.5) < 4 * 0.5 / (count / 4) ** 0.5, f"bit {bit}"
-        # chi-square over 256 bins: 255 +- 4 sigma
-        counts = torch.bincount((lane.int() + LEVELS // 2) // 256, minlength=256).double()
+    count = 1 << 21
+    for lane in random_bytes(count).view(-1, 8).unbind(1):
+        # chi-square over the 256 values: 255 +- 4 sigma
+        counts = torch.bincount(lane.int(), minlength=256).double()
         statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum().item()
         assert abs(statistic - 255) < 4 * (2 * 255) ** 0.5
 
 
 @pytest.mark.parametrize("p", RATES)
 def test_keep_rate_of_each_lane_and_scale(p):
-    output = drop(p, torch.ones(1 << 20, dtype=torch.float64))
+    output = drop(p, torch.ones(1 << 21, dtype=torch.float64))
     kept = output != 0
-    assert torch.equal(output[kept], torch.full_like(output[kept], 1 / keep_rate(p)))
-    lanes = kept.view(-1, 4).double()
+    assert torch.equal(output[kept], torch.full_like(output[kept], 1 / (1 - p)))
+    # whole standard errors are smaller than the share that the thinning adds: 0.1 is 25 / 256 and 0.0023 more
+    assert abs(kept.double().mean() - (1 - p)) < 4 * (p * (1 - p) / kept.numel()) ** 0.5 < 0.0023
+    lanes = kept.view(-1, 8).double()
     sigma = (p * (1 - p) / len(lanes)) ** 0.5
-    assert ((lanes.mean(0) - keep_rate(p)).abs() < 4 * sigma).all()
-    correlation = torch.corrcoef(lanes.T) - torch.eye(4)
-    assert correlation.abs().max() < 4 / len(lanes) ** 0.5
+    assert ((lanes.mean(0) - (1 - p)).abs() < 4 * sigma).all()
+    correlation = torch.corrcoef(lanes.T) - torch.eye(8)
+    assert correlation.abs().max() < 4.5 / len(lanes) ** 0.5
     later = (lanes[1:] - lanes.mean()) * (lanes[:-1] - lanes.mean())
     assert (later.mean(0).abs() < 4 * sigma**2 * len(lanes) ** 0.5).all(), "neighbouring words"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.003])
+def test_what_is_dropped_in_a_block_is_binomial(p):
+    """Hits thrown together on a whole tensor still fall on its parts independently: variance and tail."""
+    torch.manual_seed(1)
+    size, blocks = 1000, 2000
+    dropped = (~random_keep(size * blocks, p)).view(blocks, size).sum(1).double()
+    assert abs(dropped.mean() - size * p) < 4 * (size * p * (1 - p) / blocks) ** 0.5
+    variance = size * p * (1 - p)
+    # the variance of a sample variance: 2 sigma^4 / (n - 1) and a little for a binomial's tails
+    assert abs(dropped.var() - variance) < 4.5 * variance * (2 / (blocks - 1)) ** 0.5
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 13), (0, 4)])
@@ -71,9 +82,9 @@ def test_output_and_gradient_are_mask_times_scale(shape, dtype):
     output = drop(0.3, inputs)
     assert output.dtype == dtype
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0}
-    torch.testing.assert_close(output, inputs.detach() * mask * (1 / keep_rate(0.3)), **tolerance)
+    torch.testing.assert_close(output, inputs.detach() * mask * (1 / 0.7), **tolerance)
     (gradient,) = torch.autograd.grad(output, inputs, upstream)
-    torch.testing.assert_close(gradient, upstream * mask * (1 / keep_rate(0.3)), **tolerance)
+    torch.testing.assert_close(gradient, upstream * mask * (1 / 0.7), **tolerance)
 
 
 def test_strides_do_not_move_the_mask():
@@ -124,7 +135,9 @@ def test_an_exported_or_compiled_model_has_torchs_own_dropout():
     assert not torch.equal(net(inputs), expected)
 
 
-def test_a_rate_that_16_bits_round_to_one_is_finite():
+@pytest.mark.parametrize("p", [1 - 2**-20, 1.0])
+def test_rates_up_to_one_are_finite(p):
     torch.manual_seed(0)
-    out = Dropout(1 - 2**-20).train()(torch.ones(1000))
+    out = Dropout(p).train()(torch.ones(1000))
     assert torch.isfinite(out).all()
+    assert random_keep(1000, p).sum() <= 5

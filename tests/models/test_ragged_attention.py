@@ -7,13 +7,14 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from zoo.models.attention import Attention
 from zoo.models.blocks import BlockSpec
-from zoo.models.dropout import keep_rate
+from zoo.models.dropout import keep_mask
 from zoo.models.masks import causal_only, document_mask, local
 from zoo.models.ragged import Packing
-from zoo.models.ragged_attention import ragged_attention
+from zoo.models.ragged_attention import first_token_attention, ragged_attention
 
 from .tiny import PADDING
 
@@ -78,7 +79,7 @@ class Case:
         return added
 
     def reference(self, kept=None, dropout=0.0):
-        """One sequence at a time; with `kept`, its keep masks and the real keep rate, by plain autograd."""
+        """One sequence at a time; with `kept`, its keep masks, by plain autograd."""
         out = torch.zeros_like(self.query)
         for row, slots, queries, keys in self.rows():
             q, k, v = (x.transpose(0, 1) for x in (self.query[queries], self.key[keys], self.value[keys]))
@@ -87,7 +88,7 @@ class Case:
                 part = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=SCALING)
             else:
                 probabilities = torch.softmax(q @ k.transpose(1, 2) * SCALING + added, -1)
-                part = (probabilities * kept[row] / keep_rate(dropout)) @ v
+                part = (probabilities * kept[row] / (1 - dropout)) @ v
             out = out.index_add(0, torch.arange(queries.start, queries.stop), part.transpose(0, 1))
         return out
 
@@ -171,6 +172,40 @@ def test_half_precision_and_frozen_inputs(dropout):
     assert (ours - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
+@rates
+@paddings
+@pytest.mark.parametrize("bias", [False, True])
+def test_first_tokens_without_keys_and_values(padding, dropout, bias):
+    """Equal, with its gradients, to attention over the keys and values that are never made."""
+    packing = Packing.from_mask(torch.tensor(PADDING[padding]))
+    if min(packing.lengths) == 0:
+        return
+    torch.manual_seed(0)
+    hidden = 10
+    layers = [nn.Linear(hidden, HEADS * HEAD_DIM, bias=bias).double() for _ in range(2)]
+    states = torch.randn(packing.tokens, hidden, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(packing.batch_size, HEADS, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(4)
+    ours = first_token_attention(query, states, packing, *layers, scaling=SCALING, dropout=dropout)
+
+    torch.manual_seed(4)
+    mask = torch.ones(packing.batch_size, HEADS, packing.length, dtype=torch.float64)
+    mask = keep_mask(mask, dropout) if dropout else mask
+    rows = []
+    for row, (start, length) in enumerate(zip(packing.starts, packing.lengths, strict=False)):
+        texts, slots = slice(start, start + length), packing.slots[start : start + length]
+        k, v = (layer(states[texts]).unflatten(-1, (HEADS, HEAD_DIM)).transpose(0, 1) for layer in layers)
+        probabilities = torch.softmax(torch.einsum("hd,hkd->hk", query[row], k) * SCALING, -1)
+        rows.append(torch.einsum("hk,hkd->hd", probabilities * mask[row][:, slots], v))
+    expected = torch.stack(rows)
+    assert (ours - expected).abs().max() < 1e-12
+    leaves = [query, states, *(parameter for layer in layers for parameter in layer.parameters())]
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(x, leaves, upstream) for x in (ours, expected)]
+    for number, (gradient, wanted) in enumerate(zip(*gradients, strict=True)):
+        assert (gradient - wanted).abs().max() < 1e-11, f"gradient {number}"
+
+
 def uniform_draw(dropout, rows, length, heads, seed):
     """Kept probabilities (rows, heads, queries, keys) where every score is 0 and each key's value is one-hot."""
     packing = Packing.full(rows, length, torch.device("cpu"))
@@ -186,18 +221,16 @@ def test_keep_rate_scale_and_independence(dropout):
     length = 64
     probabilities = uniform_draw(dropout, rows=8, length=length, heads=16, seed=0)
     kept = (probabilities > 0).double()
-    # scaled by the rate that 16 bits give, not by 1 - p
-    expected = torch.full((), 1 / length / keep_rate(dropout), dtype=torch.float64)
+    expected = torch.full((), 1 / length / (1 - dropout), dtype=torch.float64)
     assert (probabilities[kept.bool()] - expected).abs().max() < 1e-15
-    assert keep_rate(dropout) == 1 - round(dropout * 65536) / 65536
 
     def sigmas(values, mean, variance):
         return abs(values.mean() - mean) / (variance / values.numel()) ** 0.5
 
-    keep, variance = keep_rate(dropout), dropout * (1 - dropout)
+    keep, variance = 1 - dropout, dropout * (1 - dropout)
     assert sigmas(kept, keep, variance) < 4
-    for lane in range(4):
-        assert sigmas(kept[..., lane::4], keep, variance) < 4, f"16-bit lane {lane}"
+    for lane in range(8):
+        assert sigmas(kept[..., lane::8], keep, variance) < 4, f"byte {lane}"
     centred = kept - keep
     for dim, name in enumerate(("rows", "heads", "queries", "keys")):
         for step in (1, 2, 4):

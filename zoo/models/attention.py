@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .linear import is_plain, linear
 from .masks import MASKS, Pattern, causal_only, document_mask, document_positions, grid_mask_function
 from .ragged import Packing
-from .ragged_attention import ragged_attention
+from .ragged_attention import first_token_attention, ragged_attention
 
 FULL = "full"
 
@@ -122,7 +123,8 @@ class Attention(nn.Module):
     """Multi-head attention over itself or over `key_value_states`.
 
     hidden_states: (batch, length, hidden), or (tokens, hidden) with `packing`. Returns the same shape and the weights
-    (batch, heads, queries, keys), which only the eager implementation gives.
+    (batch, heads, queries, keys), which only the eager implementation gives. `first_only`: hidden_states are the
+    first token of each row of packed `key_value_states`.
     """
 
     def __init__(self, config, spec, layer_idx: int, is_cross_attention: bool = False):
@@ -149,14 +151,19 @@ class Attention(nn.Module):
         past_key_values: Cache | None = None,
         packing: Packing | None = None,
         kv_packing: Packing | None = None,
+        first_only: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kv_packing = kv_packing or packing
-        query = self._heads(self.q_proj(hidden_states))
-        key, value = self._keys_and_values(
-            hidden_states if key_value_states is None else key_value_states, past_key_values, kv_packing
-        )
+        query = self._heads(linear(self.q_proj, hidden_states))
         dropout = self.attention_dropout if self.training else 0.0
+        memory = key_value_states
+        if first_only and memory is not None and kv_packing is not None and self._may_skip_keys(attention_mask):
+            output = first_token_attention(
+                query, memory, kv_packing, self.k_proj, self.v_proj, scaling=self.scaling, dropout=dropout
+            )
+            return linear(self.o_proj, output.flatten(1)), None
+        key, value = self._keys_and_values(hidden_states if memory is None else memory, past_key_values, kv_packing)
         if packing is not None and kv_packing is not None and packing.per_sequence:
             if self.num_key_value_groups > 1:
                 key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
@@ -165,7 +172,7 @@ class Attention(nn.Module):
                 query, key, value, packing, kv_packing,
                 scaling=self.scaling, dropout=dropout, mask=mask, position_bias=bias,
             )  # fmt: skip
-            return self.o_proj(output.flatten(1)), None
+            return linear(self.o_proj, output.flatten(1)), None
         if packing is not None and kv_packing is not None:
             query, key, value = packing.unpack(query), kv_packing.unpack(key), kv_packing.unpack(value)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -182,7 +189,12 @@ class Attention(nn.Module):
             **kwargs,
         )
         output = output.flatten(2)
-        return self.o_proj(output if packing is None else packing.pack(output)), weights
+        return linear(self.o_proj, output if packing is None else packing.pack(output)), weights
+
+    def _may_skip_keys(self, attention_mask: torch.Tensor | None) -> bool:
+        """Whether full attention of one query a row needs nothing of the key and value layers but their weights."""
+        plain = is_plain(self.k_proj) and is_plain(self.v_proj)
+        return plain and attention_mask is None and self.num_key_value_groups == 1
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(batch, length, width) -> (batch, heads, length, head_dim); packed (tokens, width) -> (tokens, heads, *)."""
@@ -192,7 +204,7 @@ class Attention(nn.Module):
     def _keys_and_values(self, states: torch.Tensor, past_key_values: Cache | None, packing: Packing | None):
         """Projects `states` and keeps or takes them from the cache, which is always padded."""
         if past_key_values is None:
-            return self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+            return self._heads(linear(self.k_proj, states)), self._heads(linear(self.v_proj, states))
         cache: Any = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.self_attention_cache
@@ -201,7 +213,7 @@ class Attention(nn.Module):
             if past_key_values.is_updated.get(self.layer_idx):
                 return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
             past_key_values.is_updated[self.layer_idx] = True
-        key, value = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        key, value = self._heads(linear(self.k_proj, states)), self._heads(linear(self.v_proj, states))
         if packing is None:
             key, value = cache.update(key, value, self.layer_idx)
         else:

@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attention
 from .dropout import Dropout
+from .linear import linear
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.gated:
-            hidden_states = self.activation(self.gate(hidden_states)) * self.fc1(hidden_states)
+            hidden_states = self.activation(linear(self.gate, hidden_states)) * linear(self.fc1, hidden_states)
         else:
-            hidden_states = self.activation(self.fc1(hidden_states))
-        return self.fc2(self.dropout(hidden_states))
+            hidden_states = self.activation(linear(self.fc1, hidden_states))
+        return linear(self.fc2, self.dropout(hidden_states))
 
 
 class Block(GradientCheckpointingLayer):
@@ -156,7 +157,7 @@ class Block(GradientCheckpointingLayer):
         attend = {"attention_mask": attention_mask, "position_bias": position_bias, "packing": packing, **kwargs}
         if first_only:
             memory = self.self_attn_norm(hidden_states) if self.pre_norm else hidden_states
-            attend |= {"key_value_states": memory, "packing": packing.first, "kv_packing": packing}
+            attend |= {"key_value_states": memory, "packing": packing.first, "kv_packing": packing, "first_only": True}
             hidden_states = packing.first_tokens(hidden_states)
         hidden_states = self._residual(hidden_states, self.self_attn, self.self_attn_norm, attend)
         if encoder_hidden_states is not None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .linear import is_plain
+
 CHUNK_ROWS = 256
 IGNORED = -100
 
@@ -44,14 +46,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether calling `head` does no more than its weight and bias say."""
-    if type(head) is not nn.Linear or "forward" in vars(head):  # accelerate patches the forward of offloaded layers
-        return False
-    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    return not any(hooks)
-
-
 def linear_cross_entropy(hidden, head: nn.Module, labels, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
     """Cross entropy of `head(hidden)` against `labels`; rows labelled -100 are left out.
 
@@ -61,7 +55,7 @@ def linear_cross_entropy(hidden, head: nn.Module, labels, num_items: torch.Tenso
     """
     labelled = labels != IGNORED
     hidden, labels = hidden[labelled], labels[labelled]
-    if _is_plain(head) and not torch.is_autocast_enabled(hidden.device.type):
+    if is_plain(head) and not torch.is_autocast_enabled(hidden.device.type):
         total = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels)
     else:
         logits = head(hidden)

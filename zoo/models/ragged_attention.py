@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from .dropout import drop_below, keep_rate, random_levels
+from .dropout import keep_mask, keep_scale, random_keep
 from .ragged import Packing
 
 
@@ -64,6 +65,34 @@ def _grid_attention(query, key, value, rows: "Rows", scaling: float) -> torch.Te
     return out.transpose(1, 2).reshape(query.shape)
 
 
+def first_token_attention(
+    query: torch.Tensor, states: torch.Tensor, packing: Packing, keys: nn.Linear, values: nn.Linear, *, scaling, dropout
+) -> torch.Tensor:
+    """Full attention of one query a row over the row's hidden states, whose keys and values are never made.
+
+    q . (K x + b) = (K^T q) . x + q . b, and sum p (V x + b) = V (sum p x) + b sum p: a product for each row in place of
+    two for each token. query: (batch, heads, head_dim); states: (tokens, hidden). Returns (batch, heads, head_dim).
+    """
+    heads, head_dim = query.shape[1:]
+    states = packing.unpack(states)
+    # (heads, head_dim, hidden)
+    key_weight, value_weight = (layer.weight.unflatten(0, (heads, head_dim)) for layer in (keys, values))
+    scores = torch.einsum("bhd,hde->bhe", query, key_weight) @ states.transpose(1, 2)
+    if keys.bias is not None:
+        scores = scores + (query * keys.bias.view(heads, head_dim)).sum(-1, keepdim=True)
+    if packing.indices is not None:
+        real = packing.unpack(scores.new_ones(packing.tokens, dtype=torch.bool))
+        scores = scores.masked_fill(~real[:, None], torch.finfo(scores.dtype).min)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = torch.softmax(scores * scaling, -1, dtype=exact).to(states.dtype)
+    if dropout:
+        probabilities = probabilities * keep_mask(probabilities, dropout)
+    output = torch.einsum("bhe,hde->bhd", probabilities @ states, value_weight)
+    if values.bias is not None:
+        output = output + values.bias.view(heads, head_dim) * probabilities.sum(-1, keepdim=True)
+    return output
+
+
 class Rows:
     """The rows of a packed batch, and what is added to the scores of each."""
 
@@ -72,13 +101,23 @@ class Rows:
         self.hidden = None if mask is None else ~mask
         self.position_bias = position_bias
 
-    def __iter__(self) -> Iterator[tuple[int, slice, slice]]:
-        """(row, its query tokens, its key tokens) of each row that has both."""
-        for row in range(self.packing.batch_size):
-            queries = slice(self.packing.starts[row], self.packing.starts[row + 1])
-            keys = slice(self.kv_packing.starts[row], self.kv_packing.starts[row + 1])
-            if queries.start < queries.stop and keys.start < keys.stop:
-                yield row, queries, keys
+    @property
+    def pairs(self) -> list[int]:
+        """Queries times keys of each row."""
+        return [queries * keys for queries, keys in zip(self.packing.lengths, self.kv_packing.lengths, strict=True)]
+
+    def split(self, queries: tuple, keys: tuple, pairs: tuple) -> Iterator[tuple[int, tuple]]:
+        """(row, its parts of each tensor) of each row that has both queries and keys.
+
+        (tokens, heads, *) tensors come as views (heads, row's tokens, *), flat ones as (heads, queries, keys).
+        """
+        heads = queries[0].shape[1]
+        by_query = zip(*(x.transpose(0, 1).split(self.packing.lengths, 1) for x in queries), strict=True)
+        by_key = zip(*(x.transpose(0, 1).split(self.kv_packing.lengths, 1) for x in keys), strict=True)
+        by_pair = zip(*(x.split([heads * pairs for pairs in self.pairs]) for x in pairs), strict=True)
+        for row, (q, k, p) in enumerate(zip(by_query, by_key, by_pair, strict=True)):
+            if q[0].shape[1] and k[0].shape[1]:
+                yield row, (q, k, tuple(x.view(heads, q[0].shape[1], k[0].shape[1]) for x in p))
 
     def hidden_in(self, row: int) -> torch.Tensor | None:
         """(queries, keys) bool, True = not visible."""
@@ -106,11 +145,6 @@ class Rows:
         return ~hidden if bias is None else bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
 
 
-def _heads_first(tokens: torch.Tensor, part: slice) -> torch.Tensor:
-    """(tokens, heads, head_dim) -> a view (heads, part, head_dim)."""
-    return tokens[part].transpose(0, 1)
-
-
 def _like_tokens(tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Memory for a tensor of that shape, which the rows fill; zeros where a row has no counterpart to fill it from."""
     every_row = min(rows.packing.lengths) > 0 and min(rows.kv_packing.lengths) > 0
@@ -129,61 +163,50 @@ class _DropoutAttention(torch.autograd.Function):
         ctx.save_dtype = query.dtype
         # softmax and sums in fp32 at least, as the fused kernels do
         query, key, value = (x if x.dtype == torch.float64 else x.float() for x in (query, key, value))
-        heads = query.shape[1]
-        lengths = zip(rows.packing.lengths, rows.kv_packing.lengths, strict=True)
-        signed = query.new_empty(heads * sum(queries * keys for queries, keys in lengths))
-        levels, threshold = random_levels(len(signed)), drop_below(dropout)
+        signed = query.new_empty(query.shape[1] * sum(rows.pairs))
+        # -1 where dropped, 0 where kept
+        signs = random_keep(len(signed), dropout).view(torch.int8).sub_(1)
         out = _like_tokens(query, rows)
-        start = 0
-        for row, queries, keys in rows:
-            q, k, v = _heads_first(query, queries), _heads_first(key, keys), _heads_first(value, keys)
-            shape = heads, q.shape[1], k.shape[1]
-            stop = start + shape[0] * shape[1] * shape[2]
-            probabilities = signed[start:stop].view(shape)
+        parts = rows.split(queries=(query, out), keys=(key, value), pairs=(signed, signs))
+        for row, ((q, o), (k, v), (probabilities, sign)) in parts:
             torch.baddbmm(probabilities, q, k.transpose(1, 2), beta=0, alpha=scaling, out=probabilities)
             if (bias := rows.bias_in(row)) is not None:
                 probabilities += bias
             if (hidden := rows.hidden_in(row)) is not None:
                 probabilities.masked_fill_(hidden, torch.finfo(probabilities.dtype).min)
             torch.softmax(probabilities, -1, out=probabilities)
-            # the sign of level - threshold, which is never 0: minus where dropped
-            signs = levels[start:stop].view(shape).to(probabilities.dtype).sub_(threshold - 0.5)
-            probabilities.copysign_(signs)
-            _heads_first(out, queries).copy_(torch.bmm(probabilities.clamp(min=0), v))
-            start = stop
-        out.mul_(1.0 / keep_rate(dropout))
+            probabilities.copysign_(sign)
+            o.copy_(torch.bmm(probabilities.clamp(min=0), v))
+        out.mul_(keep_scale(dropout))
         ctx.save_for_backward(query, key, value, position_bias, out, signed)
-        ctx.rows, ctx.scaling, ctx.keep_rate = rows, scaling, keep_rate(dropout)
+        ctx.rows, ctx.scaling, ctx.dropout = rows, scaling, dropout
         return out.to(ctx.save_dtype)
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, position_bias, out, signed = ctx.saved_tensors
-        grad = grad.to(query.dtype)
-        # the row sum of dP * P, which equals dO . O, dropout or not: (heads, tokens, 1)
-        delta = (grad * out).sum(-1).transpose(0, 1).unsqueeze(-1)
-        grad = grad * (1.0 / ctx.keep_rate)
-        grad_query, grad_key, grad_value = (_like_tokens(x, ctx.rows) for x in (query, key, value))
+        rows, grad = ctx.rows, grad.to(query.dtype)
+        # the row sum of dP * P, which equals dO . O, dropout or not: (tokens, heads, 1)
+        delta = (grad * out).sum(-1, keepdim=True)
+        grad = grad * keep_scale(ctx.dropout)
+        grads = [_like_tokens(x, rows) for x in (query, key, value)]
         grad_bias = torch.zeros_like(position_bias, dtype=query.dtype) if ctx.needs_input_grad[3] else None
-        start = 0
-        for row, queries, keys in ctx.rows:
-            q, g = _heads_first(query, queries), _heads_first(grad, queries)
-            k, v = _heads_first(key, keys), _heads_first(value, keys)
-            shape = q.shape[0], q.shape[1], k.shape[1]
-            stop = start + shape[0] * shape[1] * shape[2]
-            probabilities = signed[start:stop].view(shape)
+        grad_query, grad_key, grad_value = grads
+        parts = rows.split(
+            queries=(query, grad, delta, grad_query), keys=(key, value, grad_key, grad_value), pairs=(signed,)
+        )
+        for row, ((q, g, d, gq), (k, v, gk, gv), (probabilities,)) in parts:
             kept = probabilities.clamp(min=0)
-            _heads_first(grad_value, keys).copy_(torch.bmm(kept.transpose(1, 2), g))
+            gv.copy_(torch.bmm(kept.transpose(1, 2), g))
             # dS = P * (dP - delta), with dP zero where dropped
             scores = torch.bmm(g, v.transpose(1, 2)).mul_(kept)
-            scores.addcmul_(probabilities.abs(), delta[:, queries], value=-1)
-            _heads_first(grad_query, queries).copy_(torch.bmm(scores, k))
-            _heads_first(grad_key, keys).copy_(torch.bmm(scores.transpose(1, 2), q))
+            scores.addcmul_(probabilities.abs(), d, value=-1)
+            gq.copy_(torch.bmm(scores, k))
+            gk.copy_(torch.bmm(scores.transpose(1, 2), q))
             if grad_bias is not None:
                 # the slots of a row are distinct, so adding at an index loses nothing
-                grad_bias[ctx.rows.bias_index(row)] += scores
-            start = stop
+                grad_bias[rows.bias_index(row)] += scores
         grad_query.mul_(ctx.scaling)
         grad_key.mul_(ctx.scaling)
-        grads = (x.to(ctx.save_dtype) for x in (grad_query, grad_key, grad_value))
+        grads = [x.to(ctx.save_dtype) for x in grads]
         return *grads, None if grad_bias is None else grad_bias.to(position_bias.dtype), None, None, None
