@@ -11,10 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from zoo.errors import RunError, UserError
+from zoo.quiet import quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-bench = typer.Typer(no_args_is_help=True, help="Measure native against official classes, interleaved in one process.")
-app.add_typer(bench, name="bench")
+benchmarks = typer.Typer(
+    no_args_is_help=True, help="Measure native against official classes, interleaved in one process."
+)
+app.add_typer(benchmarks, name="bench")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -76,14 +79,14 @@ def train(
       zoo train my-recipe.yaml --smoke
     """
     with _ending(), _only_json(as_json) as answer:
-        from zoo.recipe import load_recipe
+        from zoo.recipe_loading import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         loaded = loaded.smoke() if smoke else loaded
         directory = output_dir or Path("runs") / (loaded.name + ("-smoke" if smoke else ""))
-        from zoo.train import quiet_libraries, run
-
         quiet_libraries()
+        from zoo.train import run
+
         metrics = run(loaded, directory, resume)
         _report(metrics, f"{loaded.name}: the model is in {directory}", as_json, answer, directory)
 
@@ -106,14 +109,13 @@ def evaluate(
     with _ending(), _only_json(as_json) as answer:
         if split not in ("train", "validation", "test"):
             raise UserError(f"--split {split}: it is one of train, validation, test")
-        from zoo.evaluation import run
-        from zoo.train import quiet_libraries
-
         quiet_libraries()
+        from zoo.evaluation import run
+
         _report(run(directory, split, overrides or []), f"{directory} on {split}", as_json, answer, directory)
 
 
-@bench.command("finetune")
+@benchmarks.command("finetune")
 def bench_finetune(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -122,22 +124,30 @@ def bench_finetune(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each both sides; the median counts.")] = 5,
     steps: Annotated[int, typer.Option(min=2, help="Training steps a side and round, after one to warm up.")] = 4,
+    profile: Annotated[bool, typer.Option("--profile", help="Where a training step's time goes, instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tuning and evaluation speed of the native class against the official one, on a recipe as it stands.
 
-    Example:
+    Examples:
 
       zoo bench finetune bert/finetune-topics --max-length 128
+
+      zoo bench finetune bert/finetune-topics --profile
     """
     with _ending(), _only_json(as_json) as answer:
-        from zoo.bench import run, table
-        from zoo.recipe import load_recipe
-        from zoo.train import quiet_libraries
+        from zoo.recipe_loading import load_recipe
 
+        loaded, lengths = load_recipe(recipe, overrides or []), max_length or [128, 256]
         quiet_libraries()
-        result = run(load_recipe(recipe, overrides or []), max_length or [128, 256], rounds, steps)
-        print(json.dumps(result) if as_json else table(result), file=answer)
+        from zoo import bench
+
+        if profile:
+            shares = bench.profile(loaded, lengths, steps)
+            print(json.dumps(shares) if as_json else bench.profile_table(shares), file=answer)
+        else:
+            result = bench.run(loaded, lengths, rounds, steps)
+            print(json.dumps(result) if as_json else bench.table(result), file=answer)
 
 
 # what a person wants to see first, and how

@@ -14,7 +14,8 @@ import pytest
 import zoo.recipe
 from zoo.errors import RunError, UserError
 from zoo.library_schema import library_fields
-from zoo.recipe import Recipe, load_recipe
+from zoo.recipe import Recipe
+from zoo.recipe_loading import load_recipe
 
 REPO = Path(zoo.recipe.__file__).parents[1]
 
@@ -444,7 +445,7 @@ def test_shipped_recipes(tmp_path):
     (package / "_recipes" / "tiny.yaml").write_text("extends: bert/finetune-topics\nname: tiny\n")
     code = """
 import shutil
-from zoo.recipe import load_recipe, shipped_recipes, UserError
+from zoo.recipe_loading import load_recipe, shipped_recipes, UserError
 print(*shipped_recipes())
 for name in ("bert/finetune-topics", "recipes/bert/finetune-topics.yaml", "bert/small.yaml", "tiny"):
     print(load_recipe(name).name)
@@ -474,8 +475,8 @@ print(*shipped_recipes())
 def test_loading_imports_no_framework(write):
     name = write(TOPICS)
     code = f"""
-import sys, zoo.recipe, zoo.sources
-zoo.recipe.load_recipe({name!r})
+import sys, zoo.recipe_loading, zoo.sources
+zoo.recipe_loading.load_recipe({name!r})
 print(sorted({{"torch", "transformers", "datasets", "pandas", "numpy", "huggingface_hub"}} & set(sys.modules)))
 """
     assert python(code, PYTHONPATH=str(REPO)).strip() == "[]"

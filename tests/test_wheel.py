@@ -48,8 +48,8 @@ def test_it_works_away_from_the_checkout(wheel, tmp_path):
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     environment = os.environ | {"PYTHONPATH": str(target)}
     code = """
-import sys, zoo, zoo.recipe, cli
-print(zoo.__file__, cli.__file__, zoo.recipe.shipped_recipes()["bert/finetune-topics"], file=sys.stderr)
+import sys, zoo, zoo.recipe_loading, cli
+print(zoo.__file__, cli.__file__, zoo.recipe_loading.shipped_recipes()["bert/finetune-topics"], file=sys.stderr)
 sys.argv = ["zoo", "train", "bert/finetune-topics", "--smoke", "--json", "data.limit=24", "train.max_steps=2"]
 cli.app()
 """

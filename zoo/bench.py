@@ -12,26 +12,32 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
 from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.loading import load_model, load_tokenizer
 from zoo.memory import peak_memory_bytes
+from zoo.quiet import quiet_libraries
 from zoo.recipe import Recipe
 from zoo.tasks import TASKS
 from zoo.train import build_trainer, check_length, encoded, training_arguments
 from zoo.trainer import ZooTrainer
 
 SIDES = ("native", "official")
+KINDS = ("shuffled", "grouped by length", "evaluation")
 WARM_UP_STEPS = 1
 EVAL_BATCHES = 4
 LOSS_STEPS = 8
+MEMORY_STEPS = 12
+PROFILE_ROWS = 16
 
 
 def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict[str, Any]:
@@ -42,7 +48,10 @@ def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict
         raise UserError("bench: a variant has no official class to be compared with; use attention: full")
     with tempfile.TemporaryDirectory() as directory:
         start = _start(recipe, directory)
-        results = [_one_length(start, length, rounds, steps) for length in max_lengths]
+        # turns of both sides; their memory and their losses
+        turns = len(max_lengths) * len(SIDES) * (rounds * len(KINDS) + 2)
+        with tqdm(total=turns, desc="Measuring", unit="turn") as bar:
+            results = [_one_length(start, length, rounds, steps, bar) for length in max_lengths]
     return {"recipe": recipe.name, "environment": _environment(recipe), "rounds": rounds, "results": results}
 
 
@@ -58,22 +67,35 @@ def _start(recipe: Recipe, directory: str) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=here)})
 
 
-def _one_length(recipe: Recipe, max_length: int, rounds: int, steps: int) -> dict[str, Any]:
-    sized = recipe.model_copy(update={"task": recipe.task.model_copy(update={"max_length": max_length})})
+def _sized(recipe: Recipe, max_length: int) -> Recipe:
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"max_length": max_length})})
+
+
+def _one_length(recipe: Recipe, max_length: int, rounds: int, steps: int, bar: tqdm) -> dict[str, Any]:
+    sized = _sized(recipe, max_length)
     subject = _Subject(sized)
-    rows: dict[str, list[dict[str, Any]]] = {"shuffled": [], "grouped by length": [], "evaluation": []}
+    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for number in range(rounds):
         rate = matrix_product_rate()
         for kind, measured in rows.items():
             # the side that goes first changes from round to round
             order = SIDES if number % 2 == 0 else SIDES[::-1]
-            turn = {side: _turn(subject, side, kind, number, steps) for side in order}
+            turn = {}
+            for side in order:
+                turn[side] = _turn(subject, side, kind, number, steps)
+                bar.update()
             measured.append({**turn, "matrix_product_rate": rate})
+    memory = {}
+    for side in SIDES:
+        memory[side] = _in_own_process(_peak_memory, sized, side)
+        bar.update()
+    difference = _loss_difference(subject)
+    bar.update(len(SIDES))
     return {
         "max_length": max_length,
         "kinds": {kind: _summary(measured) for kind, measured in rows.items()},
-        "peak_memory_bytes": {side: _in_own_process(_peak_memory, sized, side, steps) for side in SIDES},
-        "loss_difference_without_dropout": _loss_difference(subject),
+        "peak_memory_bytes": memory,
+        "loss_difference_without_dropout": difference,
     }
 
 
@@ -173,16 +195,58 @@ def _loss_difference(subject: _Subject) -> float:
     return max(abs(a - b) for a, b in zip(*curves, strict=True))
 
 
-def _peak_memory(recipe: Recipe, side: str, steps: int) -> int:
-    with _trainer(_Subject(recipe), side, 0, steps) as trainer:
+def _peak_memory(recipe: Recipe, side: str) -> int:
+    with _trainer(_Subject(recipe), side, 0, MEMORY_STEPS) as trainer:
         trainer.train()
     return peak_memory_bytes()
 
 
 def _in_own_process(function, *arguments):
     """A process of its own, whose peak is that of one side alone."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_libraries) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def profile(recipe: Recipe, max_lengths: list[int], steps: int) -> list[dict[str, Any]]:
+    """Each operation's share of the time of native training steps, by torch.profiler, for each maximum length."""
+    profiles = []
+    with tempfile.TemporaryDirectory() as directory:
+        start = _start(recipe, directory)
+        for max_length in max_lengths:
+            with _trainer(_Subject(_sized(start, max_length)), "native", 0, steps) as trainer:
+                clock = _ProfilerClock()
+                trainer.add_callback(clock)
+                trainer.train()
+            operations = clock.profiler.key_averages()
+            total = sum(operation.self_cpu_time_total for operation in operations)
+            largest = sorted(operations, key=lambda operation: -operation.self_cpu_time_total)[:PROFILE_ROWS]
+            shares = {operation.key: operation.self_cpu_time_total / total for operation in largest}
+            profiles.append({"max_length": max_length, "milliseconds_per_step": total / steps / 1000, "shares": shares})
+    return profiles
+
+
+class _ProfilerClock(TrainerCallback):
+    """Profiles the steps after the warm-up."""
+
+    def __init__(self) -> None:
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == WARM_UP_STEPS:
+            self.profiler.start()
+        if state.global_step == state.max_steps:
+            self.profiler.stop()
+
+
+def profile_table(profiles: list[dict[str, Any]]) -> str:
+    """What `profile` found, as Markdown."""
+    lines = []
+    for entry in profiles:
+        lines += [f"{entry['max_length']} tokens, {entry['milliseconds_per_step']:.0f} ms a training step", ""]
+        lines += ["| operation | share |", "|---|---|"]
+        lines += [f"| {name} | {share:.1%} |" for name, share in entry["shares"].items()] + [""]
+    return "\n".join(lines)
 
 
 def matrix_product_rate(size: int = 2048, repeats: int = 8) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.loading import load_model, load_tokenizer
-from zoo.recipe import Recipe, load_recipe
+from zoo.recipe import Recipe
+from zoo.recipe_loading import load_recipe
 from zoo.tasks import TASKS
 from zoo.train import METRICS, RECIPE, build_trainer, encoded, training_arguments
 

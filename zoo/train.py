@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
-from transformers.utils import logging
 
 from zoo.data import load_splits
 from zoo.errors import UserError, did_you_mean
@@ -209,9 +208,3 @@ def _card(recipe: Recipe, metrics: dict[str, Any]) -> str:
         f"by the recipe in `recipe.yaml`.\n\n| metric | value |\n|---|---|\n{results}\n\n"
         f'```python\nfrom transformers import pipeline\n\npipeline("{recipe.task.type}", ".")("a text")\n```\n'
     )
-
-
-def quiet_libraries() -> None:
-    """Only errors of the libraries, whose reports on new heads are ours to judge, and no bars for reading files."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -38,6 +38,16 @@ class ZooTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_Begin(self))
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # of a run that ends early: what is said about that is the last line
+            for callback in self.callback_handler.callbacks:
+                for bar in ("training_bar", "prediction_bar") if isinstance(callback, ProgressCallback) else ():
+                    if getattr(callback, bar) is not None:
+                        getattr(callback, bar).close()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         rows = inputs.pop("row", None)

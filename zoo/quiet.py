@@ -1,0 +1,16 @@
+"""What the libraries print."""
+
+import logging
+
+
+def quiet_libraries() -> None:
+    """Only errors of the libraries, whose reports on new heads are ours to judge, and no bars for reading files.
+
+    Called before anything imports them: bitsandbytes speaks while it is imported, of a faster 4-bit kernel that the hub
+    would have.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,215 @@
+"""Reading a recipe: files and overrides are merged, and all that is wrong with them is listed at once.
+
+Nothing here imports torch or transformers: a wrong key is answered in a fraction of a second.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from zoo.errors import Keys, Problems, UserError, did_you_mean, shown
+from zoo.library_schema import LibraryField, library_fields
+from zoo.recipe import Recipe, Section, leaves, plain
+from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_file, read_override
+
+# Keys of TrainingArguments that this project decides: what to do instead.
+_OWNED_TRAIN_KEYS = {
+    "output_dir": "the run's directory is given by --output-dir; remove the key",
+    "remove_unused_columns": "the task decides which columns reach the model; remove the key",
+    "push_to_hub": "a run does not upload; remove the key and use 'zoo push' on the finished directory",
+    "hub_": "a run does not upload; remove the key and use 'zoo push' on the finished directory",
+    "resume_from_checkpoint": "add --resume to the command; remove the key",
+    "do_train": "the stage decides what runs; remove the key",
+    "do_eval": "the stage decides what runs; remove the key",
+    "do_predict": "the stage decides what runs; remove the key",
+}
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe (a file, or the name of a shipped one), lay `section.key=value` overrides on it, check it all.
+
+    Precedence: command line, recipe, base. Mappings merge; lists, and an empty mapping, replace what was there.
+    Raises UserError with every problem found, a line each: file, line, key, remedy.
+    """
+    path = _find(str(name_or_path))
+    problems = Problems()
+    written = _with_base(path, problems)
+    for number, text in enumerate(overrides):
+        override = read_override(text, number, problems)
+        _refuse_below_a_value(written, override, problems)
+        written.merge(override)
+    recipe = _validated(written, problems)
+    problems.raise_any()
+    assert recipe is not None  # pydantic refuses nothing without an error
+    recipe._file = path
+    for key in leaves(plain(recipe)):
+        recipe._origins[key] = "default"
+    recipe._origins |= _origins(recipe, written)
+    return recipe
+
+
+def _with_base(path: Path, problems: Problems) -> Written:
+    written = read_file(path, RECIPE, problems)
+    place = written.place(("extends",))
+    extends = written.values.pop("extends", None)
+    if extends is None:
+        return written
+    if not isinstance(extends, str):
+        problems.add(place, ("extends",), f"expected a recipe's file or name, got {shown(extends)}")
+        return written
+    try:
+        base = read_file(_find(extends, path.parent), BASE, problems)
+    except UserError as error:
+        raise UserError(f"{place.label}: extends: {error}") from None
+    if "extends" in base.values:
+        text = "a base does not itself extend; extend one recipe that says it all"
+        problems.add(base.place(("extends",)), ("extends",), text)
+        del base.values["extends"]
+    base.places[()] = written.places[()]  # what neither of them has is missing in the recipe
+    base.merge(written)
+    return base
+
+
+def _refuse_below_a_value(written: Written, override: Written, problems: Problems) -> None:
+    place = min(override.places.values())
+    keys = tuple(place.key.split("."))
+    value: Any = written.values
+    for n, key in enumerate(keys[:-1], start=1):
+        value = value.get(key)
+        if value is None:
+            return
+        if not isinstance(value, dict):
+            problems.add(place, keys, f"{'.'.join(keys[:n])} is {shown(value)}, it has no keys; give it whole")
+            return
+
+
+def _origins(recipe: Recipe, written: Written) -> dict[str, str]:
+    known = leaves(plain(recipe))
+    dotted = {".".join(map(str, keys)): place for keys, place in written.places.items()}
+    places = {key: place for key, place in dotted.items() if key in known}
+    return {key: "command line" if place.rank == COMMAND_LINE else place.label for key, place in places.items()}
+
+
+# Checks
+
+
+def _validated(written: Written, problems: Problems) -> Recipe | None:
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(written.values)
+    except ValidationError as error:
+        for item in error.errors():
+            for keys, text in _explained(item, written.values):
+                problems.add(written.place(keys), keys, text)
+    train = written.values.get("train")
+    for key, value in train.items() if isinstance(train, dict) else ():
+        problem = _train_problem(key, value)
+        if problem is not None:
+            problems.add(written.place(("train", key)), ("train", key), problem)
+    return recipe
+
+
+def _explained(error: ErrorDetails, values: dict[Any, Any]) -> Iterator[tuple[Keys, str]]:
+    """A pydantic error as (path, message in our words)."""
+    keys, value = _path(error["loc"], values)
+    context = error.get("ctx", {})
+    if error["type"] == "missing":
+        yield (*keys, error["loc"][-1]), "required, and not there"
+    elif error["type"] == "extra_forbidden":
+        yield keys, f"unknown key{_nearest_key(keys)}"
+    elif error["type"] == "contradiction":
+        for below, text in context["found"]:
+            yield (*keys, *below), text
+    elif (keys and not isinstance(keys[-1], str) and error["loc"][-1] == "[key]") or error["type"] == "invalid_key":
+        yield keys, f"a key is a string; write {keys[-1]!r} in quotes if you mean it"
+    elif error["msg"].startswith("Input should be "):
+        expected = error["msg"].removeprefix("Input should be ")
+        expected = (
+            re.sub(r"a valid dictionary.*", "a mapping (key: value)", expected)
+            .replace("a valid integer", "a whole number")
+            .replace("a valid ", "a ")
+        )
+        wrong = keys[-1] if error["loc"][-1] == "[key]" else value
+        hint = did_you_mean(wrong, re.findall(r"'([^']*)'", expected)) if isinstance(wrong, str) else ""
+        yield keys, f"expected {expected}, got {shown(wrong)}{hint}"
+    else:
+        yield keys, error["msg"]
+
+
+def _path(loc: tuple[int | str, ...], values: Any) -> tuple[Keys, Any]:
+    """The part of pydantic's location that was written (it also names union members), and the value there."""
+    keys: Keys = ()
+    for part in loc:
+        if part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int):
+            keys, values = (*keys, part), values[part]
+    return keys, values
+
+
+def _nearest_key(keys: Keys) -> str:
+    """For an unknown key: the nearest right one beside it, or the same word where it belongs."""
+    sections = {name: set(_section_keys(name)) for name in Recipe.model_fields}
+    beside = sections[keys[0]] if len(keys) > 1 else {*sections, "extends"}
+    elsewhere = [f"{name}.{keys[-1]}" for name, known in sections.items() if keys[-1] in known]
+    if not did_you_mean(keys[-1], beside) and elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return did_you_mean(keys[-1], beside) or f"; the keys here are {', '.join(sorted(beside))}"
+
+
+def _section_keys(name: str) -> Iterator[str]:
+    annotation = Recipe.model_fields[name].annotation
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield from annotation.model_fields
+    elif name == "train":
+        yield from _train_fields()
+
+
+def _train_fields() -> dict[str, LibraryField]:
+    return library_fields("transformers", "training_args", "TrainingArguments")
+
+
+def _train_problem(key: Any, value: Any) -> str | None:
+    for owned, remedy in _OWNED_TRAIN_KEYS.items():
+        if key == owned or (str(key).startswith(owned) and owned in ("hub_", "push_to_hub")):
+            return f"not for a recipe: {remedy}"
+    fields = _train_fields()
+    if key not in fields:
+        usable = [name for name in fields if not name.startswith(tuple(_OWNED_TRAIN_KEYS))]
+        return f"unknown key{did_you_mean(key, usable) or '; the keys are those of transformers.TrainingArguments'}"
+    return fields[key].problem(value)
+
+
+# Shipped recipes
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the project: `bert/finetune-topics`."""
+    package = Path(__file__).resolve().parent
+    # The wheel carries them inside the package; a checkout has them beside it.
+    folder = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
+    return {file.relative_to(folder).as_posix().removesuffix(".yaml"): file for file in sorted(folder.rglob("*.yaml"))}
+
+
+def _find(name: str, folder: Path = Path()) -> Path:
+    path = folder / os.path.expanduser(name)
+    if os.path.exists(path) and not path.is_dir():
+        return path
+    shipped = shipped_recipes()
+    short = name.removeprefix("recipes/").removesuffix(".yaml")
+    if short in shipped:
+        return shipped[short]
+    if os.path.isdir(path):
+        inside = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "no recipe"
+        raise UserError(f"{name}: is a directory (with {inside}); name a recipe's .yaml file")
+    near = difflib.get_close_matches(short, shipped, n=3, cutoff=0.4)
+    beside = [p.name for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
+    raise UserError(
+        f"{name}: neither a file ({display(path.absolute())}) nor a shipped recipe"
+        + (f"; did you mean {' or '.join(near)}?" if near else did_you_mean(path.name, beside))
+        + f"\nshipped recipes: {', '.join(shipped) or 'none'}"
+    )
