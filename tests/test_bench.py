@@ -5,7 +5,7 @@ import torch
 
 import zoo.bench
 from tests.conftest import read_r8, write_csv
-from zoo.bench import SIDES, _start, _Subject, _trainer, run, table
+from zoo.bench import SIDES, _start, _Subject, _trainer, profile, profile_table, run, table
 from zoo.errors import UserError
 from zoo.recipe import Recipe
 
@@ -46,6 +46,18 @@ def test_a_whole_bench(recipe, monkeypatch):
     for side in SIDES:
         assert f"{side} {entry['peak_memory_bytes'][side] / 2**20:,.0f} MiB" in lines
     assert f"{entry['loss_difference_without_dropout']:.1e}" in lines and "median of 1 rounds" in lines
+
+
+def test_a_profile_says_where_the_time_goes(recipe):
+    (entry,) = profile(recipe, [32], steps=2)
+    shares = entry["shares"]
+    assert entry["max_length"] == 32 and entry["milliseconds_per_step"] > 0
+    assert 0.5 < sum(shares.values()) <= 1 and list(shares.values()) == sorted(shares.values(), reverse=True)
+    # the products of attention over packed rows
+    assert any("bmm" in name for name in shares)
+    with_all = profile_table([entry]).splitlines()
+    assert with_all[0].startswith("32 tokens, ")
+    assert [line.split(" | ")[0].removeprefix("| ") for line in with_all[4:] if line] == list(shares)
 
 
 def test_both_sides_start_equal_and_see_the_same_rows(recipe, tmp_path):

@@ -436,7 +436,7 @@ def test_schema_cache(tmp_path, monkeypatch):
 def test_shipped_recipes(tmp_path):
     package = tmp_path / "site" / "zoo"
     package.mkdir(parents=True)
-    for name in ("__init__", "errors", "files", "library_schema", "recipe", "recipe_yaml", "sources"):
+    for name in ("__init__", "errors", "files", "library_schema", "recipe", "recipe_loading", "recipe_yaml", "sources"):
         shutil.copy(REPO / "zoo" / f"{name}.py", package)
     for folder in (tmp_path / "site" / "recipes", package / "_recipes"):
         (folder / "bert").mkdir(parents=True)
@@ -445,7 +445,8 @@ def test_shipped_recipes(tmp_path):
     (package / "_recipes" / "tiny.yaml").write_text("extends: bert/finetune-topics\nname: tiny\n")
     code = """
 import shutil
-from zoo.recipe_loading import load_recipe, shipped_recipes, UserError
+from zoo.errors import UserError
+from zoo.recipe_loading import load_recipe, shipped_recipes
 print(*shipped_recipes())
 for name in ("bert/finetune-topics", "recipes/bert/finetune-topics.yaml", "bert/small.yaml", "tiny"):
     print(load_recipe(name).name)
