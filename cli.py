@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,98 @@ def _only_json(wanted: bool) -> Iterator[Any]:
         yield answer
     finally:
         sys.stdout = answer
+
+
+@app.command("ls")
+def list_(
+    kind: Annotated[str | None, typer.Argument(metavar="[recipes|models|attentions|tasks]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List shipped recipes, native models, attention variants and tasks.
+
+    Examples:
+
+      zoo ls
+
+      zoo ls recipes --json
+    """
+    with _ending():
+        from zoo.catalogue import listed
+
+        entries = listed(kind)
+        if as_json:
+            print(json.dumps(entries))
+            return
+        width = max(len(entry["name"]) for entry in entries)
+        for name, group in groupby(entries, key=lambda entry: entry["kind"]):
+            print(name)
+            for entry in group:
+                print(f"  {entry['name']:<{width}}  {entry['summary']}")
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(help="The name of a shipped recipe: zoo ls recipes.")],
+    file: Annotated[Path, typer.Argument(help="Where to: a file, or a directory.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a shipped recipe, to change it.
+
+    Example:
+
+      zoo cp bert/finetune-topics my-recipe.yaml
+    """
+    with _ending():
+        from zoo.catalogue import copy_recipe
+
+        copied = copy_recipe(name, file, overwrite)
+        print(json.dumps({"file": str(copied)}) if as_json else f"{copied}: run it with zoo train {copied}")
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files, or names of shipped recipes.")],
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print each value, and where it comes from.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check recipes without loading anything; exit status 2 if one of them is wrong.
+
+    Examples:
+
+      zoo validate recipes/bert/*.yaml
+
+      zoo validate my-recipe.yaml --resolved
+    """
+    with _ending():
+        from zoo.recipe_loading import validated
+
+        results = [validated(name) for name in recipes]
+        if as_json:
+            print(json.dumps(results))
+        for result in [] if as_json else results:
+            for problem in result["problems"]:
+                typer.secho(problem, err=True, fg="red")
+            if result["valid"]:
+                print(f"{result['recipe']}: valid")
+            for key, value in result["values"].items() if resolved else ():
+                print(f"  {key}: {json.dumps(value['value'], ensure_ascii=False)}  # {value['origin']}")
+        if not all(result["valid"] for result in results):
+            raise typer.Exit(2)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors.
+
+    Example:
+
+      zoo schema > recipe.schema.json    # then, at a recipe's top: # yaml-language-server: $schema=recipe.schema.json
+    """
+    with _ending():
+        from zoo.recipe_loading import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
 
 
 @app.command()

@@ -19,7 +19,7 @@ LAYERS = [
     {"models"},
     {"loading", "data", "tasks"},
     {"trainer"},
-    {"train", "evaluation", "bench"},
+    {"train", "evaluation", "bench", "catalogue"},
     {"cli"},
 ]
 NEIGHBOURS = {

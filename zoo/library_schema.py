@@ -50,6 +50,18 @@ class LibraryField:
             return f"expected {_one_of(self.choices)}, got {shown(value)}{_hint(node, value, self.choices)}"
         return None
 
+    def json_schema(self) -> dict[str, Any]:
+        """The field as JSON Schema."""
+        schema = _schema_of(ast.parse(self.annotation, mode="eval").body, self.enums)
+        if self.choices:
+            schema = {"enum": self.choices}
+        if self.const:
+            schema = {"anyOf": [schema, {"enum": self.const}]}
+        try:
+            return schema | ({} if self.default is None else {"default": ast.literal_eval(self.default)})
+        except ValueError:  # an expression
+            return schema
+
 
 def library_fields(package: str, module_path: str, class_name: str) -> dict[str, LibraryField]:
     """The fields of `package.module_path.class_name`, in order, from the installed source.
@@ -125,6 +137,30 @@ def _accepts_one(node: ast.expr, value: Any, enums: dict[str, list[str]]) -> boo
             return False
         return len(arguments) < 2 or all(_accepts(arguments[1], item, enums) for item in value.values())
     return True  # Any, or a class that only the library can judge
+
+
+_JSON_TYPES = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
+
+
+def _schema_of(node: ast.expr, enums: dict[str, list[str]]) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
+    for member in _alternatives(node, enums):
+        name, arguments = _name(member), _arguments(member)
+        if isinstance(member, ast.Constant):
+            found.append({"type": "null"})
+        elif name in enums:
+            found.append({"enum": enums[name]})
+        elif name == "Literal":
+            found.append({"enum": [ast.literal_eval(argument) for argument in arguments]})
+        elif name in _JSON_TYPES:
+            found.append({"type": _JSON_TYPES[name]})
+        elif name in _SEQUENCES:
+            found.append({"type": "array", **({"items": _schema_of(arguments[0], enums)} if arguments else {})})
+        elif name in _MAPPINGS:
+            found.append({"type": "object"})
+        else:
+            return {}  # only the library can judge
+    return found[0] if len(found) == 1 else {"anyOf": found}
 
 
 def _describe(node: ast.expr, enums: dict[str, list[str]]) -> str:

@@ -26,7 +26,8 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from zoo.errors import Keys, did_you_mean
 
-TASK_TYPES = ("text-classification",)
+# name -> what is learned
+TASK_TYPES = {"text-classification": "One label for a text or for a pair of texts."}
 
 Text = Annotated[str, Field(min_length=1)]
 

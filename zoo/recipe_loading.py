@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from zoo.errors import Keys, Problems, UserError, did_you_mean, shown
 from zoo.library_schema import LibraryField, library_fields
-from zoo.recipe import Recipe, Section, leaves, plain
+from zoo.recipe import TASK_TYPES, Recipe, Section, leaves, plain
 from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_file, read_override
 
 # Keys of TrainingArguments that this project decides: what to do instead.
@@ -44,7 +44,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         override = read_override(text, number, problems)
         _refuse_below_a_value(written, override, problems)
         written.merge(override)
-    recipe = _validated(written, problems)
+    recipe = _checked(written, problems)
     problems.raise_any()
     assert recipe is not None  # pydantic refuses nothing without an error
     recipe._file = path
@@ -52,6 +52,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe._origins[key] = "default"
     recipe._origins |= _origins(recipe, written)
     return recipe
+
+
+def validated(name_or_path: str) -> dict[str, Any]:
+    """What `load_recipe` says of a recipe: `valid`, its `problems`, and its `values` with the origin of each."""
+    try:
+        recipe = load_recipe(name_or_path)
+    except UserError as error:
+        return {"recipe": name_or_path, "valid": False, "problems": str(error).splitlines(), "values": {}}
+    values = {key: {"value": value, "origin": recipe.origins[key]} for key, value in leaves(plain(recipe)).items()}
+    return {"recipe": name_or_path, "valid": True, "problems": [], "values": values}
 
 
 def _with_base(path: Path, problems: Problems) -> Written:
@@ -99,7 +109,7 @@ def _origins(recipe: Recipe, written: Written) -> dict[str, str]:
 # Checks
 
 
-def _validated(written: Written, problems: Problems) -> Recipe | None:
+def _checked(written: Written, problems: Problems) -> Recipe | None:
     recipe = None
     try:
         recipe = Recipe.model_validate(written.values)
@@ -173,14 +183,31 @@ def _train_fields() -> dict[str, LibraryField]:
     return library_fields("transformers", "training_args", "TrainingArguments")
 
 
+def _usable_train_fields() -> dict[str, LibraryField]:
+    return {key: field for key, field in _train_fields().items() if not key.startswith(tuple(_OWNED_TRAIN_KEYS))}
+
+
+def json_schema() -> dict[str, Any]:
+    """A recipe as JSON Schema, for editors; `train` is filled from the installed library."""
+    schema = Recipe.model_json_schema()
+    train = {key: field.json_schema() for key, field in _usable_train_fields().items()}
+    schema["properties"]["train"] |= {"properties": train, "additionalProperties": False}
+    schema["properties"]["extends"] = {"type": "string", "description": "A base recipe: a file beside, or a name."}
+    schema["$defs"]["TaskSection"]["properties"]["type"]["enum"] = list(TASK_TYPES)
+    # what a recipe lacks its base may have
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "description": "A recipe of zoo."}
+
+
 def _train_problem(key: Any, value: Any) -> str | None:
     for owned, remedy in _OWNED_TRAIN_KEYS.items():
         if key == owned or (str(key).startswith(owned) and owned in ("hub_", "push_to_hub")):
             return f"not for a recipe: {remedy}"
     fields = _train_fields()
     if key not in fields:
-        usable = [name for name in fields if not name.startswith(tuple(_OWNED_TRAIN_KEYS))]
-        return f"unknown key{did_you_mean(key, usable) or '; the keys are those of transformers.TrainingArguments'}"
+        near = did_you_mean(key, _usable_train_fields())
+        return f"unknown key{near or '; the keys are those of transformers.TrainingArguments'}"
     return fields[key].problem(value)
 
 

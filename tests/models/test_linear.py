@@ -1,5 +1,9 @@
 """Linear layers by either of torch's matrix libraries: the same numbers, and only where nothing else is in the way."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,7 @@ from torch import nn
 from zoo.models import linear as module
 from zoo.models.linear import is_plain, linear
 
+REPO = Path(__file__).parents[2]
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
@@ -57,6 +62,36 @@ def test_all_else_calls_the_layer(by_onednn, case):
         assert torch.equal(linear(layer, x), layer(x))
     assert by_onednn == []
     assert is_plain(layer) == (case in ("grid", "half", "autocast"))
+
+
+@needs_onednn
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks glibc for its free memory back")
+def test_new_shapes_are_forgotten():
+    """A process of its own, whose oneDNN has not been used: 150 batches, each of another size, leave nothing behind."""
+    code = """
+import ctypes, torch
+from torch import nn
+from zoo.models import linear as module
+
+module.bound_onednn_caches()
+module.onednn_is_faster = lambda: True
+layer = nn.Linear(256, 512)
+
+def resident():
+    ctypes.CDLL(None).malloc_trim(0)
+    status = open("/proc/self/status").read()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+def run(sizes):
+    for rows in sizes:
+        module.linear(layer, torch.randn(rows, 256, requires_grad=True)).sum().backward()
+    return resident()
+
+print(run(range(300, 350)), run(range(350, 500)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert after - before < 15, f"{after - before:.0f} MiB for 150 shapes"
 
 
 def test_a_choice_is_made_once_a_machine():

@@ -1,0 +1,105 @@
+"""What there is, by name: recipes, models, attention variants, tasks.
+
+Read from the project's own source as text: nothing that imports torch is imported, so that listing is instant.
+"""
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import UserError, did_you_mean
+from zoo.files import write_text
+from zoo.recipe import TASK_TYPES
+from zoo.recipe_loading import shipped_recipes
+
+_MODELS = Path(__file__).parent / "models"
+
+
+def recipes() -> Iterator[dict[str, Any]]:
+    """Shipped recipes; the comment that opens each is its summary."""
+    for name, file in shipped_recipes().items():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        yield {"name": name, "summary": lines[0].removeprefix("# "), "file": str(file)}
+
+
+def models() -> Iterator[dict[str, Any]]:
+    """Native families, with the class that each Auto class opens."""
+    families = _assigned(_parsed(_MODELS / "__init__.py"), "FAMILIES")
+    assert isinstance(families, ast.Dict)
+    for name in map(ast.literal_eval, filter(None, families.keys)):
+        tree = _parsed(_MODELS / f"modeling_{name}.py")
+        classes = {
+            auto: path.rpartition(".")[2] for auto, path in ast.literal_eval(_assigned(tree, "auto_map")).items()
+        }
+        yield {"name": name, "summary": _summary(tree), "model_type": f"zoo_{name}", "classes": classes}
+
+
+def attentions() -> Iterator[dict[str, Any]]:
+    """Values of `model.attention`, with their parameters in `model.attention_kwargs`."""
+    yield {"name": "full", "summary": "Every token sees every other; causal: those before it.", "parameters": []}
+    tree = _parsed(_MODELS / "masks.py")
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    masks = _assigned(tree, "MASKS")
+    assert isinstance(masks, ast.Dict)
+    for key, value in zip(masks.keys, masks.values, strict=True):
+        function = functions[ast.unparse(value)]
+        parameters = [argument.arg for argument in function.args.kwonlyargs if argument.arg != "causal"]
+        yield {"name": ast.literal_eval(key or value), "summary": _summary(function), "parameters": parameters}
+
+
+def tasks() -> Iterator[dict[str, Any]]:
+    """Values of `task.type`."""
+    for name, summary in TASK_TYPES.items():
+        yield {"name": name, "summary": summary}
+
+
+KINDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "recipes": recipes,
+    "models": models,
+    "attentions": attentions,
+    "tasks": tasks,
+}
+
+
+def listed(kind: str | None = None) -> list[dict[str, Any]]:
+    """The entries of one kind, or of all; each has `kind`, `name` and `summary`."""
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"ls {kind}: there are {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    return [{"kind": name, **entry} for name in ([kind] if kind else KINDS) for entry in KINDS[name]()]
+
+
+def copy_recipe(name: str, target: Path, overwrite: bool = False) -> Path:
+    """Copies a shipped recipe to a file, or into a directory; returns the file. Raises UserError."""
+    shipped = shipped_recipes()
+    if name not in shipped:
+        near = did_you_mean(name, shipped) or f"; there are {', '.join(shipped)}"
+        raise UserError(f"cp {name}: no shipped recipe of that name{near}")
+    file = target / shipped[name].name if target.is_dir() else target
+    if file.exists() and not overwrite:
+        raise UserError(f"cp: {file} exists; name another file, or add --overwrite")
+    try:
+        write_text(file, shipped[name].read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cp: {file} cannot be written: {error.strerror}") from error
+    return file
+
+
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _summary(node: ast.Module | ast.FunctionDef) -> str:
+    return (ast.get_docstring(node) or "").partition("\n")[0]
+
+
+def _assigned(tree: ast.Module, name: str) -> ast.expr:
+    """The value given to `name`, at the top or in the body of a class."""
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            targets = [node.target]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            assert isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            return node.value
+    raise KeyError(name)
