@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -206,6 +207,32 @@ def evaluate(
         from zoo.evaluation import run
 
         _report(run(directory, split, overrides or []), f"{directory} on {split}", as_json, answer, directory)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at versions, devices, caches and the hub; each problem with its remedy. Exit status 1 if there is one.
+
+    Example:
+
+      zoo doctor
+    """
+    with _ending(), _only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo.doctor import examine
+
+        findings = examine()
+        if as_json:
+            print(json.dumps([asdict(finding) for finding in findings]), file=answer)
+        for finding in [] if as_json else findings:
+            print(f"{'!' if finding.problem else ' '} {finding.name:<16} {finding.value}")
+            if finding.problem:
+                print(f"  {'':<16} {finding.problem}")
+        problems = sum(finding.problem is not None for finding in findings)
+        if not as_json:
+            print(f"{problems} problem{'' if problems == 1 else 's'} found" if problems else "no problem found")
+        if problems:
+            raise typer.Exit(1)
 
 
 @benchmarks.command("finetune")

@@ -19,7 +19,7 @@ LAYERS = [
     {"models"},
     {"loading", "data", "tasks"},
     {"trainer"},
-    {"train", "evaluation", "bench", "catalogue"},
+    {"train", "evaluation", "bench", "catalogue", "doctor"},
     {"cli"},
 ]
 NEIGHBOURS = {
