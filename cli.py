@@ -210,6 +210,40 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    directory: Annotated[Path, typer.Argument(help="A directory that zoo train has made.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to answer for.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Rows with a column text: jsonl, csv, parquet, txt.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict with a finished model: labels, spans, numbers or masked words.
+
+    Examples:
+
+      zoo predict runs/bert-finetune-topics "wheat shipments to the soviet union rose"
+
+      zoo predict runs/bert-finetune-topics --file new.jsonl --output answers.jsonl
+    """
+    with _ending(), _only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo import prediction
+
+        answers = prediction.run(directory, texts or [], file)
+        if output is not None:
+            count = prediction.write(answers, output)
+            print(
+                json.dumps({"file": str(output), "count": count}) if as_json else f"{count} answers in {output}",
+                file=answer,
+            )
+        elif as_json:
+            print(json.dumps(list(answers), ensure_ascii=False), file=answer)
+        else:
+            for line in prediction.in_lines(answers):
+                print(line, file=answer)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Look at versions, devices, caches and the hub; each problem with its remedy. Exit status 1 if there is one.
 

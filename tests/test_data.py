@@ -10,14 +10,17 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tests.conftest import TOPICS, read_r8, write_csv
 from zoo.data import load_splits
 from zoo.errors import UserError
+from zoo.labels import LABEL_KINDS
 from zoo.recipe import DataSection
 
 ROLES = ("text", "text_pair", "label")
 ROWS = [(f"text number {n}", "ab"[n % 2]) for n in range(20)]
 
 
-def load(path, roles=ROLES, seed=0, labels=None, **section):
-    return load_splits(DataSection.model_validate({"path": str(path), **section}), roles, seed, labels)
+def load(path, roles=ROLES, seed=0, labels=None, kind="class", **section):
+    return load_splits(
+        DataSection.model_validate({"path": str(path), **section}), roles, seed, labels, LABEL_KINDS[kind]
+    )
 
 
 def refused(path, labels=None, **section) -> str:

@@ -22,7 +22,7 @@ from zoo.data import load_splits
 from zoo.errors import RunError, UserError
 from zoo.loading import load_model, load_tokenizer
 from zoo.recipe import Recipe
-from zoo.tasks import TASKS
+from zoo.tasks import task_of
 from zoo.train import build_trainer, encoded, run
 from zoo.trainer import ZooTrainer, newest_complete
 
@@ -89,7 +89,8 @@ def log_history(directory: Path) -> list[dict]:
 def test_what_a_run_leaves_behind(finished, recipe):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "README.md", "checkpoints", "config.json", "events.jsonl", "metrics.json", "model.safetensors", "recipe.yaml",
+        "README.md", "checkpoints", "config.json", "confusion_matrix.png", "curves.png", "environment.json",
+        "events.jsonl", "metrics.json", "model.safetensors", "per_class.json", "predictions.jsonl", "recipe.yaml",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     config = json.loads((finished / "config.json").read_text())
@@ -98,13 +99,14 @@ def test_what_a_run_leaves_behind(finished, recipe):
     assert (finished / "recipe.yaml").read_text() == recipe.to_yaml()
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(STEPS * 8, rel=0.01)
-    assert f"| test_accuracy | {metrics['test_accuracy']:.4g} |" in (finished / "README.md").read_text()
+    assert f"| accuracy | {metrics['test_accuracy']:.4f} |" in (finished / "README.md").read_text()
     assert events(finished, "finished") == [(STEPS, without_time(metrics))]
     assert [step for step, _ in events(finished, "save")] == list(range(SAVE, STEPS + 1, SAVE))
 
 
 def test_the_official_class_gets_the_same_answers(finished, recipe, r8):
-    rows = load_splits(recipe.data, TASKS["text-classification"].roles, 7).test
+    task = task_of(recipe.task)
+    rows = load_splits(recipe.data, task.roles, 7, kind=task.labels).test
     tokenizer = AutoTokenizer.from_pretrained(finished)
     official, info = AutoModelForSequenceClassification.from_pretrained(finished, output_loading_info=True)
     assert type(official).__module__.startswith("transformers.models.bert") and not info["missing_keys"]
@@ -156,7 +158,7 @@ def test_the_best_checkpoint_is_what_is_saved(finished):
 
 def test_the_test_split_is_read_after_the_choice(recipe, tmp_path, monkeypatch):
     order = []
-    load_best, evaluate = ZooTrainer._load_best_model, ZooTrainer.evaluate
+    load_best, evaluate, predict = ZooTrainer._load_best_model, ZooTrainer.evaluate, ZooTrainer.predict
 
     def noted_choice(self):
         order.append("choice")
@@ -166,6 +168,11 @@ def test_the_test_split_is_read_after_the_choice(recipe, tmp_path, monkeypatch):
         order.append(kwargs.get("metric_key_prefix", "eval"))
         return evaluate(self, rows, *args, **kwargs)
 
+    def noted_prediction(self, *args, metric_key_prefix):
+        order.append(metric_key_prefix)
+        return predict(self, *args, metric_key_prefix=metric_key_prefix)
+
+    monkeypatch.setattr(ZooTrainer, "predict", noted_prediction)
     monkeypatch.setattr(ZooTrainer, "_load_best_model", noted_choice)
     monkeypatch.setattr(ZooTrainer, "evaluate", noted_evaluation)
     short = recipe.model_copy(update={"train": recipe.train | {"max_steps": 8}})
@@ -433,15 +440,15 @@ assert "zoo" not in sys.modules
 
 
 def make_trainer(recipe: Recipe, directory: Path, train: dict | None = None, **config) -> ZooTrainer:
-    task = TASKS["text-classification"]
+    task = task_of(recipe.task)
     arguments = recipe.train | {"report_to": "none", "remove_unused_columns": False} | (train or {})
     torch.manual_seed(3)
-    splits = load_splits(recipe.data, task.roles, 7)
+    splits = load_splits(recipe.data, task.roles, 7, kind=task.labels)
     model = load_model(recipe.model.model_copy(update={"config": config}), task.auto_class, splits.labels)
     tokenizer = load_tokenizer(recipe.model)
-    rows = [encoded(part, recipe, task, tokenizer) for part in (splits.train, splits.validation)]
+    rows = [encoded(part, recipe, task, tokenizer, 7)[0] for part in (splits.train, splits.validation)]
     settings = TrainingArguments(output_dir=str(directory), **arguments)
-    return build_trainer(task, model, tokenizer, settings, *rows)
+    return build_trainer(recipe, task, model, tokenizer, settings, splits.labels, *rows)
 
 
 PLAIN = {"max_steps": 6, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}

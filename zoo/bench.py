@@ -27,7 +27,7 @@ from zoo.loading import load_model, load_tokenizer
 from zoo.memory import peak_memory_bytes
 from zoo.quiet import quiet_libraries
 from zoo.recipe import Recipe
-from zoo.tasks import TASKS
+from zoo.tasks import task_of
 from zoo.train import build_trainer, check_length, encoded, training_arguments
 from zoo.trainer import ZooTrainer
 
@@ -57,11 +57,11 @@ def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict
 
 def _start(recipe: Recipe, directory: str) -> Recipe:
     """The recipe on a checkpoint that has the task's head already: a new one would differ from side to side."""
-    task = TASKS[recipe.task.type]
+    task = task_of(recipe.task)
     section = recipe.model.model_copy(update={"implementation": "official", "ragged": "auto"})
     set_seed(0)
-    labels = load_splits(recipe.data, task.roles, 0).labels
-    load_model(section, task.auto_class, labels).save_pretrained(directory)
+    labels = load_splits(recipe.data, task.roles, 0, kind=task.labels).labels
+    load_model(section, task.auto_class, labels, task.problem_type).save_pretrained(directory)
     load_tokenizer(section).save_pretrained(directory)
     here: dict[str, Any] = {"path": directory, "revision": None, "config": {}}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=here)})
@@ -103,10 +103,11 @@ class _Subject:
     """A recipe with its data and tokenizer, read and encoded once."""
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.task = recipe, TASKS[recipe.task.type]
+        self.recipe, self.task = recipe, task_of(recipe.task)
         self.tokenizer = load_tokenizer(recipe.model)
-        splits = load_splits(recipe.data, self.task.roles, 0)
-        self.labels, self.rows = splits.labels, encoded(splits.train, recipe, self.task, self.tokenizer)
+        splits = load_splits(recipe.data, self.task.roles, 0, kind=self.task.labels)
+        self.labels = splits.labels
+        self.rows, _ = encoded(splits.train, recipe, self.task, self.tokenizer, 0)
         self.lengths = {row: len(ids) for row, ids in zip(self.rows["row"], self.rows["input_ids"], strict=True)}
 
 
@@ -177,10 +178,12 @@ def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False,
     sized = recipe.model_copy(update={"train": recipe.train | changes, "model": model_section})
     set_seed(seed)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(None):
-        model = load_model(sized.model, subject.task.auto_class, subject.labels)
+        model = load_model(sized.model, subject.task.auto_class, subject.labels, subject.task.problem_type)
         check_length(sized, model)
         arguments = training_arguments(sized, Path(scratch))
-        trainer = build_trainer(subject.task, model, subject.tokenizer, arguments, subject.rows, None, _NotingTrainer)
+        trainer = build_trainer(
+            sized, subject.task, model, subject.tokenizer, arguments, subject.labels, subject.rows, None, _NotingTrainer
+        )
         yield cast(_NotingTrainer, trainer)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a recipe's data, split, checked and named by role: text, text_pair, label."""
+"""Rows of a recipe's data, split, checked and named by role: text, text_pair, label, tokens, tags."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Value
+import torch
+from datasets import Dataset, DatasetDict, LargeList, List
 
+from zoo.conll import read_conll
 from zoo.errors import UserError, did_you_mean
+from zoo.labels import NOTHING, LabelKind
 from zoo.recipe import DataSection
 from zoo.sources import Source, resolve
 
 # file ending -> the datasets library's name for its reader; recipes may name any other reader
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_BUILDERS |= {".txt": "text"}
+_BUILDERS |= {".txt": "text", ".conll": "conll"}
 _TAB_SEPARATED = {".tsv", ".tab"}
 
 
@@ -33,11 +36,17 @@ class Splits:
     notes: list[str]
 
 
-def load_splits(section: DataSection, roles: Sequence[str], seed: int, labels: list[str] | None = None) -> Splits:
+def load_splits(
+    section: DataSection,
+    roles: Sequence[str],
+    seed: int,
+    labels: list[str] | None = None,
+    kind: LabelKind | None = None,
+) -> Splits:
     """Loads, checks and splits the data. Raises UserError naming the split, row and column that are wrong.
 
-    roles: columns the task reads. seed: decides the rows held out for validation and those kept by `limit`. labels: a
-    trained model's, when its data is read again; without them train's are taken.
+    roles: columns the task reads; of these `kind` is the one it learns. seed: decides the rows held out for validation
+    and those kept by `limit`. labels: a trained model's, when its data is read again; without them train's are taken.
     """
     raw = _read(section)
     splits = {name: _roles(raw[source], name, section, roles) for name, source in _named(section, raw).items()}
@@ -45,16 +54,16 @@ def load_splits(section: DataSection, roles: Sequence[str], seed: int, labels: l
         raise UserError(f"data {section.path}: no train split; it has {', '.join(raw)}; name one under data.splits")
     notes: list[str] = []
     names = labels or []
-    if "label" in roles:
-        names = labels if labels is not None else _label_names(splits["train"])
-        splits = {name: _numbered(rows, name, names) for name, rows in splits.items()}
+    if kind is not None:
+        names = labels if labels is not None else kind.names(splits["train"])
+        splits = {name: kind.numbered(rows, name, names) for name, rows in splits.items()}
     if section.limit is not None:
         splits = {
             name: rows.shuffle(seed=seed).select(range(min(section.limit, len(rows)))) for name, rows in splits.items()
         }
         notes.append(f"data.limit: {section.limit} rows of each split")
     if "validation" not in splits and "train" in splits:
-        held_out, note = _hold_out(splits["train"], section.validation, seed, "label" in roles)
+        held_out, note = _hold_out(splits["train"], section.validation, seed, kind is not None and kind.in_proportion)
         splits |= {"train": held_out["train"], "validation": held_out["test"]}
         notes.append(note)
     return Splits(splits.get("train"), splits.get("validation"), splits.get("test"), names, notes)
@@ -67,13 +76,25 @@ def _read(section: DataSection) -> DatasetDict:
     for key in section.options:
         if key in inspect.signature(datasets.load_dataset).parameters:
             raise UserError(f"data.options.{key}: not an option of a format; say it with the other keys of data")
+    arguments = _loading_arguments(section, source)
+    if arguments["path"] == "conll":
+        return read_conll(section, arguments.get("data_files"))
     try:
-        loaded = datasets.load_dataset(**_loading_arguments(section, source))
+        loaded = datasets.load_dataset(**arguments)
     except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()
         raise UserError(f"{reading}: cannot be read: {cause[0] if cause else type(error).__name__}; check data.format, "
                         "data.options and the file itself") from error  # fmt: skip
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def read_rows(file: Path) -> Dataset:
+    """The rows of one file, of any kind that a recipe's data may have."""
+    section = DataSection.model_validate({"path": str(file)})
+    if not file.is_file():
+        # a hub id must not be looked up in place of a file that is missing
+        raise UserError(f"{file}: no such file")
+    return _read(section)["train"]
 
 
 def _loading_arguments(section: DataSection, source: Source) -> dict[str, Any]:
@@ -131,63 +152,37 @@ def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str]
         raise UserError(f"data {section.path}: the {split} split is empty")
     rows = rows.select_columns([columns[role] for role in wanted])
     rows = rows.rename_columns({columns[role]: role for role in wanted if columns[role] != role})
-    for role in wanted:
-        if role != "label":
-            _check_texts(rows, role, columns[role], split, section.path)
+    for role in (role for role in wanted if role in _TEXTS):
+        _TEXTS[role](rows, role, columns[role], split, section.path)
     return rows.add_column("row", list(range(len(rows))))
-
-
-# pandas' reader, which the format csv is, takes some words for nothing
-_NOTHING = "; remove the row, or if it is a word such as NA or null, set data.options.keep_default_na: false"
 
 
 def _check_texts(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
     for row, text in enumerate(rows[role]):
         if text is None:
-            raise UserError(f"data {path}: {split} row {row}: column {column!r} holds nothing{_NOTHING}")
+            raise UserError(f"data {path}: {split} row {row}: column {column!r} holds nothing{NOTHING}")
         if not isinstance(text, str):
             raise UserError(f"data {path}: {split} row {row}: column {column!r} holds {text!r}, not a text")
         if not text.strip():
             raise UserError(f"data {path}: {split} row {row}: the text in column {column!r} is empty; remove the row")
 
 
-def _label_names(train: Dataset) -> list[str]:
-    names = _distinct(train)
-    if len(names) < 2:
-        raise UserError(f"data: train has one label only, {names[0]!r}; there is nothing to learn")
-    return names
-
-
-def _distinct(train: Dataset) -> list[str]:
-    feature = train.features["label"]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    values = set(train["label"])
-    if None in values:
-        row = train["row"][list(train["label"]).index(None)]
-        raise UserError(f"data: train row {row}: the label is missing{_NOTHING}")
-    kind = feature.dtype if isinstance(feature, Value) else ""
-    if kind not in ("string", "large_string", "bool") and not kind.startswith(("int", "uint")):
-        raise UserError(f"data: labels are {kind or feature}; a class is a word or a whole number")
-    # numbers in their own order, not as words
-    return [str(value) for value in sorted(values)]
-
-
-def _numbered(rows: Dataset, split: str, names: list[str]) -> Dataset:
-    """Labels as their numbers. A label that training does not know is refused."""
-    feature, numbers = rows.features["label"], {name: number for number, name in enumerate(names)}
-    numbered = []
-    for row, label in zip(rows["row"], rows["label"], strict=True):
-        # -1 is how published test splits leave their labels out
-        if label is None or (isinstance(feature, ClassLabel) and label == -1):
-            raise UserError(f"data: {split} row {row}: the label is missing{_NOTHING}")
-        name = feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
-        if name not in numbers:
+def _check_tokens(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
+    feature = rows.features[role]
+    words = isinstance(feature, List | LargeList) and getattr(feature.feature, "dtype", "") in (
+        "string",
+        "large_string",
+    )
+    if not words:
+        raise UserError(f"data {path}: {split}: column {column!r} is {feature}, not a list of words")
+    for row, tokens in enumerate(rows[role]):
+        if not tokens or any(token is None or not token.strip() for token in tokens):
             raise UserError(
-                f"data: {split} row {row}: the label {name!r} is unknown to training, which has {', '.join(names)}"
+                f"data {path}: {split} row {row}: column {column!r} has no tokens, or an empty one; remove it"
             )
-        numbered.append(numbers[name])
-    return rows.remove_columns("label").add_column("label", numbered, feature=ClassLabel(names=names))
+
+
+_TEXTS = {"text": _check_texts, "text_pair": _check_texts, "tokens": _check_tokens}
 
 
 def _hold_out(train: Dataset, share: float, seed: int, by_label: bool) -> tuple[DatasetDict, str]:
@@ -205,3 +200,23 @@ def _hold_out(train: Dataset, share: float, seed: int, by_label: bool) -> tuple[
             # a class of one row, or more classes than held-out rows
             note += "; too few rows of some label to hold out in proportion"
     return train.train_test_split(size, seed=seed), note
+
+
+class WithDraws(torch.utils.data.Dataset):
+    """Rows that also carry `draw`: (seed, epoch, number of the row), which decides all that is random about a sample.
+
+    Whoever runs epochs calls `set_epoch`; rows that are only evaluated stay in epoch 0, the same each time.
+    """
+
+    def __init__(self, rows: Dataset, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return row | {"draw": [self.seed, self.epoch, row["row"]]}

@@ -36,8 +36,12 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise UserError(f"model {section.path}: its tokenizer cannot be read: {_first_line(error)}") from error
 
 
-def load_model(section: ModelSection, auto_class: str, labels: list[str] | None = None) -> PreTrainedModel:
+def load_model(
+    section: ModelSection, auto_class: str, labels: list[str] | None = None, problem_type: str | None = None
+) -> PreTrainedModel:
     """The recipe's model in fp32, with a head for `labels`; its weights are compared with the files.
+
+    problem_type: of transformers' sequence classification, which decides the loss and what a pipeline applies.
 
     Raises UserError where the recipe or the checkpoint is wrong, RunError if weights did not arrive.
     """
@@ -52,6 +56,8 @@ def load_model(section: ModelSection, auto_class: str, labels: list[str] | None 
     changes = dict(section.config)
     if labels:
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
+    if problem_type is not None:
+        changes["problem_type"] = problem_type
     model_type = fields.get("model_type")
     if section.implementation == "native":
         model_class = _native_class(section.path, model_type, auto_class)

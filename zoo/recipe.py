@@ -27,9 +27,23 @@ from ruamel.yaml.representer import SafeRepresenter
 from zoo.errors import Keys, did_you_mean
 
 # name -> what is learned
-TASK_TYPES = {"text-classification": "One label for a text or for a pair of texts."}
+TASK_TYPES = {
+    "text-classification": "One label, several, or a number for a text or a pair of texts (problem_type).",
+    "token-classification": "A tag for each token: names, parts of speech.",
+    "fill-mask": "Masked language modelling: the words that were hidden in a text.",
+}
+
+# the columns that each reads
+TASK_ROLES: dict[str, tuple[str, ...]] = {
+    "text-classification": ("text", "text_pair", "label"),
+    "token-classification": ("tokens", "tags"),
+    "fill-mask": ("text",),
+}
 
 Text = Annotated[str, Field(min_length=1)]
+DEFAULT_THRESHOLD = 0.5
+DEFAULT_MLM_PROBABILITY = 0.15
+Role = Literal["text", "text_pair", "label", "tokens", "tags"]
 
 
 # The sections
@@ -86,10 +100,22 @@ class ModelSection(Section):
 
 
 class TaskSection(Section):
-    """What is learned. `max_length` counts tokens."""
+    """What is learned. `max_length` and `stride` count tokens.
+
+    `problem_type`, `threshold`, `class_weights`, `stride` and `pooling` belong to text-classification. `stride`: a
+    longer text is read in windows that overlap by so much, and their logits are pooled; without it the text is cut.
+    `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
+    """
 
     type: str
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     max_length: int = Field(default=128, gt=0)
+    stride: int | None = Field(default=None, ge=0)
+    pooling: Literal["mean", "max"] | None = None
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    class_weights: Literal["balanced"] | None = None
+    mlm_probability: float | None = Field(default=None, gt=0, lt=1)
+    metrics: dict[Text, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("type")
     @classmethod
@@ -98,6 +124,25 @@ class TaskSection(Section):
             known = f"unknown task {value}{did_you_mean(value, TASK_TYPES)} (known: {', '.join(TASK_TYPES)})"
             raise PydanticCustomError("task", "{text}", {"text": known})
         return value
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        for key in ("problem_type", "stride", "pooling", "threshold", "class_weights"):
+            if getattr(self, key) is not None and self.type != "text-classification":
+                yield (key,), f"{self.type} does not read it; remove the key"
+        if self.mlm_probability is not None and self.type != "fill-mask":
+            yield ("mlm_probability",), f"{self.type} does not read it; remove the key"
+        if self.metrics and self.type == "fill-mask":
+            yield ("metrics",), "fill-mask has no predictions that a metric could compare; remove the key"
+        if self.type != "text-classification":
+            return
+        kind = self.problem_type or "single_label_classification"
+        if self.threshold is not None and kind != "multi_label_classification":
+            text = "it decides which of several labels hold; set problem_type: multi_label_classification"
+            yield ("threshold",), text
+        if self.class_weights is not None and kind != "single_label_classification":
+            yield ("class_weights",), f"{kind} has no classes to weigh against each other; remove the key"
+        if self.pooling is not None and self.stride is None:
+            yield ("pooling",), "there is nothing to pool without windows; set stride"
 
 
 class DataSection(Section):
@@ -113,7 +158,7 @@ class DataSection(Section):
     files: dict[str, Text] = Field(default_factory=dict)
     format: Text | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-    columns: dict[Literal["text", "text_pair", "label"], Text] = Field(default_factory=dict)
+    columns: dict[Role, Text] = Field(default_factory=dict)
     splits: dict[Literal["train", "validation", "test"], Text] = Field(default_factory=dict)
     validation: float = Field(default=0.1, gt=0, lt=1)
     limit: int | None = Field(default=None, gt=0)
@@ -142,6 +187,13 @@ def _revision_contradiction(path: str, revision: str | None) -> Iterator[tuple[K
         yield ("revision",), "the version is in the path (pypi://name@version/...); remove revision"
 
 
+class HubSection(Section):
+    """What the card says of licences, where it cannot be read from the model's source."""
+
+    license: Text | None = None
+    data_license: Text | None = None
+
+
 class LaunchSection(Section):
     """How many processes run."""
 
@@ -161,9 +213,16 @@ class Recipe(Section):
     task: TaskSection
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
+    hub: HubSection = Field(default_factory=HubSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
     _file: Path | None = PrivateAttr(default=None)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        roles = TASK_ROLES[self.task.type]
+        for role in self.data.columns:
+            if role not in roles:
+                yield ("data", "columns", role), f"{self.task.type} does not read it; its roles are {', '.join(roles)}"
 
     @field_validator("name")
     @classmethod

@@ -4,26 +4,28 @@ The directory holds the model and tokenizer, `recipe.yaml` as resolved, `metrics
 run's `checkpoints/`, from which it resumes.
 """
 
-import json
-import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
 
-from zoo.data import load_splits
+from zoo.card import card
+from zoo.data import Splits, WithDraws, load_splits
+from zoo.environment import environment
 from zoo.errors import UserError, did_you_mean
-from zoo.files import write_json, write_text
-from zoo.loading import assert_same_weights, load_model, load_tokenizer
+from zoo.files import as_json, write_text
+from zoo.loading import load_model, load_tokenizer
 from zoo.memory import peak_memory_bytes
+from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.recipe import Recipe
-from zoo.tasks import TASKS, Task
-from zoo.trainer import EventLog, ZooTrainer, newest_complete, writing
-
-METRICS = "metrics.json"
-RECIPE = "recipe.yaml"
+from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
+from zoo.tasks import COUNTED, Task, task_of
+from zoo.tasks.metrics import own_metrics
+from zoo.tasks.text_classification import pooled, weighted_loss
+from zoo.trainer import EventLog, ZooTrainer, newest_complete
 
 
 def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:
@@ -35,34 +37,72 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     _check_directory(recipe, output_dir, resume)
     if (output_dir / METRICS).exists():
         print(f"{output_dir} is finished; nothing is trained again")
-        return json.loads((output_dir / METRICS).read_text())
-    task = TASKS[recipe.task.type]
+        return read_metrics(output_dir)
+    task = task_of(recipe.task)
     arguments = training_arguments(recipe, output_dir)
-    _check_choice(arguments, task)
+    _check_choice(arguments, recipe, task)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
-    splits = load_splits(recipe.data, task.roles, arguments.seed)
+    splits = load_splits(recipe.data, task.roles, arguments.seed, kind=task.labels)
     for note in splits.notes:
         print(note)
-    model = load_model(recipe.model, task.auto_class, splits.labels)
+    model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type)
     check_length(recipe, model)
-    train_rows, eval_rows = (encoded(rows, recipe, task, tokenizer) for rows in (splits.train, splits.validation))
-    trainer = build_trainer(task, model, tokenizer, arguments, train_rows, eval_rows)
+    rows = {}
+    for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if split is not None:
+            rows[name], note = encoded(split, recipe, task, tokenizer, arguments.seed)
+            print(f"{name}: {note}")
+    trainer = build_trainer(recipe, task, model, tokenizer, arguments, splits.labels, rows["train"], rows["validation"])
     checkpoint = _claim(recipe, output_dir, arguments)
     events = EventLog(output_dir / "events.jsonl")
     trainer.add_callback(events)
     trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(trained.metrics)
     metrics |= trainer.evaluate()
-    if splits.test is not None:
-        test_rows = encoded(splits.test, recipe, task, tokenizer)
-        metrics |= trainer.evaluate(test_rows, metric_key_prefix="test")
+    records = None
+    if "test" in rows:
+        predicted = trainer.predict(rows["test"], metric_key_prefix="test")
+        metrics |= predicted.metrics or {}
+        if task.records is not None:
+            prediction = EvalPrediction(predicted.predictions, predicted.label_ids)
+            by_row = pooled(prediction, trainer.evaluated_rows, recipe.task)
+            records = list(task.records(recipe.task, splits.labels)(by_row))
     metrics["peak_memory_bytes"] = peak_memory_bytes()
     # a step is a batch of any size, so their rate says nothing beside that of the samples
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
-    _save(recipe, trainer.model, tokenizer, metrics, output_dir)
+    save(recipe, model, tokenizer, metrics, output_dir, _extras(recipe, task, model, trainer, splits, metrics, records))
     events.write("finished", trainer.state.global_step, metrics)
     return metrics
+
+
+def _extras(
+    recipe: Recipe,
+    task: Task,
+    model: PreTrainedModel,
+    trainer: ZooTrainer,
+    splits: Splits,
+    metrics: dict[str, Any],
+    records: list[dict[str, Any]] | None,
+) -> dict[str, str | bytes]:
+    """The files beside the weights: predictions, tables, pictures, environment and card."""
+    made = environment(recipe, trainer.args.world_size, getattr(model.config, "_commit_hash", None))
+    chosen_by = f"eval_{str(trainer.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    extras: dict[str, str | bytes] = {"curves.png": curves(trainer.state.log_history, chosen_by)}
+    classes = None
+    if records is not None:
+        assert splits.test is not None
+        extras["predictions.jsonl"] = predictions_file(splits.test["row"], records)
+        classes = per_class(task, splits.labels, records)
+        if classes is not None:
+            extras["per_class.json"] = as_json(classes)
+        if task.problem_type == "single_label_classification" and len(splits.labels) <= MAX_DRAWN_CLASSES:
+            extras["confusion_matrix.png"] = confusion_picture(splits.labels, confusion(splits.labels, records))
+    pictures = [name for name in extras if name.endswith(".png")]
+    variant = has_variant(model)
+    extras["environment.json"] = as_json(made)
+    extras["README.md"] = card(recipe, task, metrics, classes, made, pictures, variant)
+    return extras
 
 
 def _check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
@@ -108,6 +148,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     defaults: dict[str, Any] = {
         "report_to": "none",
         "disable_tqdm": False,
+        "include_for_metrics": ["loss"],
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     try:
@@ -126,39 +167,60 @@ def _refused(error: Exception) -> UserError:
     return UserError(f"train: refused by transformers: {next(iter(str(error).splitlines()), type(error).__name__)}")
 
 
-def _check_choice(arguments: TrainingArguments, task: Task) -> None:
+def _check_choice(arguments: TrainingArguments, recipe: Recipe, task: Task) -> None:
     """Raises UserError where the best checkpoint is chosen by a metric that the task does not measure."""
     metric = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
     known = ("loss", *task.metric_names)
-    if metric not in known:
+    # what the recipe's own metrics are called inside is not known before they have run
+    if metric not in known and not recipe.task.metrics:
         near = did_you_mean(metric, known) or f"; it is one of {', '.join(known)}"
         raise UserError(f"train.metric_for_best_model: {task.name} does not measure {metric!r}{near}")
 
 
-def encoded(rows, recipe: Recipe, task: Task, tokenizer):
-    """The rows as the model reads them, and their numbers in the data."""
-    drop = [column for column in rows.column_names if column != "row"]
-    return rows.map(task.encode(tokenizer, recipe.task), batched=True, remove_columns=drop, desc="Tokenising")
+def encoded(rows: Dataset, recipe: Recipe, task: Task, tokenizer, seed: int) -> tuple[Any, str]:
+    """The rows as the model reads them, with their numbers in the data; and what was counted, in words."""
+    encode = task.encode(tokenizer, recipe.task)
+    found = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenising")
+    truncated, unknown, tokens = (sum(found[name]) for name in COUNTED)
+    words = [f"{len(rows):,} texts"]
+    if recipe.task.stride is not None:
+        words.append(f"{len(found):,} windows of {recipe.task.max_length} tokens")
+    else:
+        words.append(f"{truncated:,} ({truncated / len(rows):.1%}) cut at {recipe.task.max_length} tokens")
+    words.append(f"{unknown:,} of {tokens:,} tokens unknown")
+    if "label" in rows.column_names and hasattr(rows.features["label"], "names"):
+        names, numbers = rows.features["label"].names, list(rows["label"])
+        words.append("labels " + ", ".join(f"{name} {numbers.count(n):,}" for n, name in enumerate(names)))
+    found = found.remove_columns(list(COUNTED))
+    return WithDraws(found, seed) if task.draws else found, "; ".join(words)
 
 
 def build_trainer(
+    recipe: Recipe,
     task: Task,
     model,
     tokenizer,
     arguments: TrainingArguments,
+    labels: Sequence[str],
     train_rows=None,
     eval_rows=None,
     trainer_class=ZooTrainer,
 ) -> ZooTrainer:
     """A Trainer on encoded rows. Raises UserError for a `train` section it cannot work with."""
+    trainer: ZooTrainer
+    measure, loss = own_metrics(task, recipe.task, labels), None
+    if recipe.task.class_weights is not None and train_rows is not None:
+        loss = weighted_loss(train_rows["labels"], len(labels), arguments.label_smoothing_factor)
     try:
         trainer = trainer_class(
             model=model,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            data_collator=task.collate(tokenizer),
-            compute_metrics=task.metrics,
+            data_collator=task.collate(tokenizer, recipe.task),
+            compute_metrics=lambda prediction: measure(pooled(prediction, trainer.evaluated_rows, recipe.task)),
+            compute_loss_func=loss,
+            preprocess_logits_for_metrics=task.reduce,
             processing_class=tokenizer,
         )
         if train_rows is not None:
@@ -176,35 +238,3 @@ def check_length(recipe: Recipe, model) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and recipe.task.max_length > positions:
         raise UserError(f"task.max_length: {recipe.task.max_length}, but the model has {positions} positions")
-
-
-def _save(recipe: Recipe, model, tokenizer, metrics: dict[str, Any], output_dir: Path) -> None:
-    """Moves the finished files into place one by one; metrics.json, which says that the run is finished, is last."""
-    new = output_dir / ".model"
-    shutil.rmtree(new, ignore_errors=True)
-    # standard attention is saved as the official class, so that any tool opens it
-    official = recipe.model.implementation == "native" and not _has_variant(model)
-    with writing(output_dir):
-        model.save_pretrained(new, **({"official": True} if official else {}))
-        tokenizer.save_pretrained(new)
-        write_text(new / "README.md", _card(recipe, metrics))
-        assert_same_weights(model, new, whole=True)
-        for file in sorted(new.iterdir()):
-            os.replace(file, output_dir / file.name)
-        new.rmdir()
-        write_json(output_dir / METRICS, metrics)
-
-
-def _has_variant(model) -> bool:
-    from zoo.models.pretrained import is_standard
-
-    return not is_standard(model.config)
-
-
-def _card(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    results = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    return (
-        f"# {recipe.name}\n\n`{recipe.task.type}`, from `{recipe.model.path}` on `{recipe.data.path}`, "
-        f"by the recipe in `recipe.yaml`.\n\n| metric | value |\n|---|---|\n{results}\n\n"
-        f'```python\nfrom transformers import pipeline\n\npipeline("{recipe.task.type}", ".")("a text")\n```\n'
-    )

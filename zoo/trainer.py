@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from zoo.data import WithDraws
 from zoo.errors import RunError
 from zoo.files import sha256, write_json
 from zoo.loading import assert_same_adapter, assert_same_weights
@@ -31,6 +33,7 @@ class ZooTrainer(Trainer):
     """
 
     rows: list[int] = []
+    evaluated_rows: list[int] = []
     resumed_from: Path | None = None
     started = 0.0
     seconds_before = 0.0  # of training, before this run was resumed
@@ -65,13 +68,20 @@ class ZooTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        loss = metrics.get(f"{metric_key_prefix}_loss", 0.0)
-        if not math.isfinite(loss):
-            raise RunError(
-                f"{metric_key_prefix}_loss is {loss} after step {self.state.global_step}; try a lower learning_rate or "
-                "gradient clipping (max_grad_norm)"
-            )
+        self._check_finite(metrics, f"{metric_key_prefix}_loss")
         return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        self._check_finite(output.metrics or {}, f"{metric_key_prefix}_loss")
+        return output
+
+    def _check_finite(self, metrics: dict[str, float], name: str) -> None:
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise RunError(
+                f"{name} is {metrics[name]} after step {self.state.global_step}; try a lower learning_rate or gradient "
+                "clipping (max_grad_norm)"
+            )
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -110,7 +120,19 @@ class ZooTrainer(Trainer):
             self._globalstep_last_logged = progress["step_logged"]
             self.seconds_before = progress["seconds"]
 
+    def _get_eval_sampler(self, eval_dataset):
+        # predictions stand in the order of the rows, also where training groups them by length
+        return SequentialSampler(eval_dataset)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        rows = dataloader.dataset
+        # of texts in windows, which belong together
+        self.evaluated_rows = list(rows["row"]) if "row" in getattr(rows, "column_names", ()) else []
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     def _run_epoch(self, *args, **kwargs) -> None:
+        if isinstance(self.train_dataset, WithDraws):
+            self.train_dataset.set_epoch(kwargs["epoch"])
         if self.state.global_step >= self.state.max_steps:
             # resumed after its last checkpoint: the stock loop would train one step more
             self.control.should_training_stop = True

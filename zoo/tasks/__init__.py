@@ -1,9 +1,25 @@
 """Tasks: what a text is for a model, how rows are batched, which head learns them, and how it is measured.
 
-To add one: a `Task` in a file of this folder and its line in TASKS.
+To add one: a `Task` in a file of this folder, its line in TASKS, and its name in `TASK_TYPES` of `zoo/recipe.py`.
 """
 
-from zoo.tasks.base import Task
-from zoo.tasks.classification import TEXT_CLASSIFICATION
+from zoo.recipe import TaskSection
+from zoo.tasks.base import COUNTED, Task
+from zoo.tasks.fill_mask import FILL_MASK
+from zoo.tasks.text_classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from zoo.tasks.token_classification import TOKEN_CLASSIFICATION
 
-TASKS: dict[str, Task] = {task.name: task for task in (TEXT_CLASSIFICATION,)}
+__all__ = ["COUNTED", "TASKS", "Task", "task_of"]
+
+# type -> its task, or its tasks by problem_type, the usual one first
+TASKS: dict[str, list[Task]] = {
+    "text-classification": [SINGLE_LABEL, MULTI_LABEL, REGRESSION],
+    "token-classification": [TOKEN_CLASSIFICATION],
+    "fill-mask": [FILL_MASK],
+}
+
+
+def task_of(section: TaskSection) -> Task:
+    """The task that a recipe names."""
+    tasks = TASKS[section.type]
+    return next((task for task in tasks if task.problem_type == section.problem_type), tasks[0])

@@ -1,0 +1,151 @@
+"""The model card: what a person, and a hub, should know of a finished run."""
+
+import re
+from collections.abc import Mapping, Sequence
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+from zoo.recipe import Recipe
+from zoo.sources import Source, resolve
+from zoo.tasks import Task
+
+_NOT_RESULTS = ("runtime", "samples_per_second", "loss")
+
+
+def card(
+    recipe: Recipe,
+    task: Task,
+    metrics: Mapping[str, Any],
+    classes: Mapping[str, Mapping[str, float]] | None,
+    environment: Mapping[str, Any],
+    pictures: Sequence[str],
+    variant: bool,
+) -> str:
+    """README.md: metadata with `model-index`, then results, how to load it, how it was made, and from what.
+
+    variant: the model has attention of its own, so that it is opened with its code.
+    """
+    model_source = resolve(recipe.model.path, kind="model", revision=recipe.model.revision)
+    data_source = resolve(recipe.data.path, kind="dataset", revision=recipe.data.revision)
+    prefix = "test_" if any(name.startswith("test_") for name in metrics) else "eval_"
+    split = "test" if prefix == "test_" else "validation"
+    measured = {
+        name.removeprefix(prefix): value
+        for name, value in metrics.items()
+        if name.startswith(prefix) and not name.endswith(_NOT_RESULTS)
+    }
+    licence = recipe.hub.license or _licence(model_source) or "unknown"
+    data_name = _shown(recipe.data.path, data_source)
+    data_card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task.name,
+        license=licence,
+        base_model=recipe.model.path if model_source.kind == "hub" else None,
+        datasets=[recipe.data.path] if data_source.kind == "hub" else None,
+        tags=["transformer-zoo"],
+        model_name=recipe.name,
+        eval_results=[
+            EvalResult(
+                task_type=task.name,
+                dataset_type=re.sub(r"[^\w./-]+", "-", data_name),
+                dataset_name=data_name,
+                dataset_split=split,
+                metric_type=name,
+                metric_value=round(value, 6),
+            )
+            for name, value in measured.items()
+        ],
+    )
+    sections = [
+        f"# {recipe.name}",
+        f"{_shown(recipe.model.path, model_source)}, fine-tuned for {task.name} on {data_name}.",
+        "## Results",
+        f"On the {split} split:",
+        _table(("metric", "value"), [(name, f"{value:.4f}") for name, value in measured.items()]),
+        *(_per_class(classes) if classes else ()),
+        *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures),
+        "## Use",
+        _usage(recipe, task, variant),
+        "## How it was made",
+        "`recipe.yaml` is the whole recipe; `zoo train recipe.yaml` makes it again. `environment.json` says with which "
+        "versions, on which hardware and from which files, with their hashes.",
+        _table(
+            ("", ""),
+            [
+                ("start", f"{_shown(recipe.model.path, model_source)}{_hash(model_source)}"),
+                ("data", f"{data_name}{_hash(data_source)}"),
+                ("seed", str(recipe.train.get("seed", 42))),
+                ("transformers", str(environment["versions"]["transformers"])),
+                ("commit", str(environment["git_commit"] or "none")),
+            ],
+        ),
+        "## Licences",
+        f"Model: {licence}. Data: {recipe.hub.data_license or 'unknown; its publisher knows what may be shared'}.",
+    ]
+    return f"---\n{data_card.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _per_class(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
+    rows = [
+        (name, *(f"{values[key]:.4f}" for key in ("precision", "recall", "f1")), f"{values['support']:.0f}")
+        for name, values in classes.items()
+    ]
+    return [_table(("class", "precision", "recall", "F1", "rows"), rows)]
+
+
+def _usage(recipe: Recipe, task: Task, variant: bool) -> str:
+    asked = {"fill-mask": '"Wheat [MASK] rose"'}.get(task.name, '"Wheat shipments rose"')
+    trusted = ", trust_remote_code=True" if variant else ""
+    cut = f", truncation=True, max_length={recipe.task.max_length}" if task.name == "text-classification" else ""
+    lines = ["```python", "from transformers import pipeline", "", f'pipe = pipeline("{task.name}", "."{trusted})']
+    lines += [f"print(pipe({asked}{cut}))", "```"]
+    if variant:
+        lines += ["", "Its attention is its own, and its code comes with it: read it before you trust it."]
+    if recipe.task.stride is not None:
+        lines += [
+            "",
+            f"It was made for longer texts, read in windows of {recipe.task.max_length} tokens: `zoo predict`",
+        ]
+        lines += ["does that; the pipeline reads the first window alone."]
+    return "\n".join(lines)
+
+
+def _shown(path: str, source: Source) -> str:
+    """A path as others may read it: of a local one only the last part."""
+    return path if source.kind in ("hub", "pypi") else Path(path).name
+
+
+def _hash(source: Source) -> str:
+    return f" (sha256 {source.fingerprint})" if source.fingerprint else ""
+
+
+def _licence(source: Source) -> str | None:
+    """As a checkpoint's own card, or the package it came in, states it."""
+    if source.kind == "hub":
+        try:
+            stated = ModelCard.load(str(source.location)).data.license
+        except (EntryNotFoundError, HfHubHTTPError, OSError):
+            # not there, or not reachable: a card is no reason to fail
+            return None
+        return str(stated) if stated else None
+    location = Path(source.location)
+    if source.kind == "pypi":
+        files = next(parent for parent in location.parents if parent.name == "files")
+        for metadata in files.glob("*.dist-info/METADATA"):
+            fields = HeaderParser().parsestr(metadata.read_text(encoding="utf-8", errors="replace"))
+            stated = fields.get("License-Expression") or fields.get("License")
+            if stated and re.fullmatch(r"[\w.+-]{2,40}", stated):
+                return stated.lower()
+        return None
+    readme = location / "README.md"
+    stated = ModelCard.load(readme).data.license if readme.is_file() else None
+    return str(stated) if stated else None

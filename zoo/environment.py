@@ -1,0 +1,94 @@
+"""Where and from what a result came: versions, hardware, hashes of the data, the commit."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.files import sha256
+from zoo.recipe import DataSection, ModelSection, Recipe
+from zoo.sources import resolve
+
+_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy")
+# of larger data sizes stand for hashes: to read it once more would take longer than it is worth
+MAX_HASHED_BYTES = 4 * 2**30
+
+
+def environment(recipe: Recipe, world_size: int, model_commit: str | None = None) -> dict[str, Any]:
+    """What a person needs to make the result again. Holds no path, user or host name, and no token."""
+    return {
+        "versions": {"python": platform.python_version(), "transformer-zoo": _version("transformer-zoo")}
+        | {name: _version(name) for name in _PACKAGES},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": f"{platform.system()} {platform.release()}",
+            "cpu": _cpu(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "accelerators": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        },
+        "world_size": world_size,
+        "git_commit": _git_commit(recipe.file),
+        "model": _model(recipe.model) | ({"commit": model_commit} if model_commit else {}),
+        "data": _data(recipe.data),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _git_commit(recipe: Path | None) -> str | None:
+    """Of the repository that the recipe's file is in, `+changes` where its files have been changed since."""
+    if recipe is None:
+        return None
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=recipe.parent, capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _model(section: ModelSection) -> dict[str, Any]:
+    source = resolve(section.path, kind="model", revision=section.revision)
+    return {"path": section.path, "revision": section.revision, "sha256": source.fingerprint}
+
+
+def _data(section: DataSection) -> dict[str, Any]:
+    source = resolve(section.path, kind="dataset", revision=section.revision, files=list(section.files.values()))
+    found: dict[str, Any] = {"path": section.path, "revision": section.revision, "sha256": source.fingerprint}
+    if source.kind == "hub":
+        return found
+    location = Path(source.location)
+    if section.files:
+        files = {name: location / name for name in section.files.values()}
+    elif location.is_dir():
+        files = {path.relative_to(location).as_posix(): path for path in sorted(location.rglob("*")) if path.is_file()}
+    else:
+        files = {location.name: location}
+    sizes = {name: os.stat(path).st_size for name, path in files.items()}
+    if sum(sizes.values()) <= MAX_HASHED_BYTES:
+        return found | {"files": {name: sha256(path) for name, path in files.items()}}
+    return found | {"file_bytes": sizes}

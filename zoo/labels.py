@@ -1,0 +1,167 @@
+"""The column that a task learns: one class, several, a number, or a tag for each token; read, checked and numbered."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+
+from zoo.errors import UserError
+
+# pandas' reader, which the format csv is, takes some words for nothing
+NOTHING = "; remove the row, or if it is a word such as NA or null, set data.options.keep_default_na: false"
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """names: of the classes in train, in order. numbered: rows of a split with labels as a model reads them.
+
+    role: the column. in_proportion: rows are held out so that each label keeps its share.
+    """
+
+    role: str
+    names: Callable[[Dataset], list[str]]
+    numbered: Callable[[Dataset, str, list[str]], Dataset]
+    in_proportion: bool = False
+
+
+def _is_missing(feature: Any, label: Any) -> bool:
+    # -1 is how published test splits leave their labels out
+    return label is None or (isinstance(feature, ClassLabel) and label == -1)
+
+
+def _missing(split: str, row: int) -> UserError:
+    return UserError(f"data: {split} row {row}: the label is missing{NOTHING}")
+
+
+def _at_least_two(names: list[str]) -> list[str]:
+    if len(names) < 2:
+        there = f"one label only, {names[0]!r}" if names else "no label at all"
+        raise UserError(f"data: train has {there}; there is nothing to learn")
+    return names
+
+
+def _words(feature: Any, values: Iterable[Any]) -> list[str]:
+    """The distinct labels as words, in order: a ClassLabel's own, numbers by size, words by the alphabet."""
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    kind = feature.dtype if isinstance(feature, Value) else ""
+    if kind not in ("string", "large_string", "bool") and not kind.startswith(("int", "uint")):
+        raise UserError(f"data: labels are {kind or feature}; a class is a word or a whole number")
+    return [str(value) for value in sorted(set(values))]
+
+
+def _word(feature: Any, label: Any) -> str:
+    return feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
+
+
+def _number(name: str, numbers: dict[str, int], split: str, row: int) -> int:
+    if name not in numbers:
+        known = ", ".join(list(numbers)[:20]) + (", ..." if len(numbers) > 20 else "")
+        raise UserError(f"data: {split} row {row}: the label {name!r} is unknown to training, which has {known}")
+    return numbers[name]
+
+
+def _replaced(rows: Dataset, role: str, values: list[Any], feature: Any) -> Dataset:
+    return rows.remove_columns(role).add_column(role, values, feature=feature)
+
+
+# One class
+
+
+def _class_names(train: Dataset) -> list[str]:
+    feature = train.features["label"]
+    for row, label in zip(train["row"], train["label"], strict=True):
+        if label is None:
+            raise _missing("train", row)
+    return _at_least_two(_words(feature, train["label"]))
+
+
+def _class_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    feature, numbers = rows.features["label"], {name: number for number, name in enumerate(names)}
+    numbered = []
+    for row, label in zip(rows["row"], rows["label"], strict=True):
+        if _is_missing(feature, label):
+            raise _missing(split, row)
+        numbered.append(_number(_word(feature, label), numbers, split, row))
+    return _replaced(rows, "label", numbered, ClassLabel(names=names))
+
+
+# Any number of classes: a list of words
+
+
+def _listed(rows: Dataset, role: str, split: str) -> Iterator[tuple[int, Sequence[Any]]]:
+    if not isinstance(rows.features[role], List | LargeList):
+        raise UserError(
+            f"data: the {role} of {split} is no list, as this task wants it; a file of JSON lines or parquet can hold "
+            f'one: {{"{role}": ["a", "b"]}}'
+        )
+    for row, labels in zip(rows["row"], rows[role], strict=True):
+        if labels is None:
+            raise _missing(split, row)
+        yield row, labels
+
+
+def _classes_names(train: Dataset) -> list[str]:
+    values = [label for _, labels in _listed(train, "label", "train") for label in labels]
+    return _at_least_two(_words(train.features["label"].feature, values))
+
+
+def _classes_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    """A row of 0 and 1, one for each class, in floating point as the loss takes it."""
+    numbers = {name: number for number, name in enumerate(names)}
+    hot = []
+    for row, labels in _listed(rows, "label", split):
+        feature = rows.features["label"].feature
+        chosen = {_number(_word(feature, label), numbers, split, row) for label in labels}
+        hot.append([float(number in chosen) for number in range(len(names))])
+    return _replaced(rows, "label", hot, List(Value("float32")))
+
+
+# A number
+
+
+def _numeric_names(train: Dataset) -> list[str]:
+    # transformers' own name for the one output
+    return ["LABEL_0"]
+
+
+def _numeric(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    values = []
+    for row, label in zip(rows["row"], rows["label"], strict=True):
+        if label is None:
+            raise _missing(split, row)
+        if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+            raise UserError(f"data: {split} row {row}: the label is {label!r}; a regression learns a finite number")
+        values.append(float(label))
+    if split == "train" and len(set(values)) == 1:
+        raise UserError(f"data: train has one label only, {values[0]}; there is nothing to learn")
+    return _replaced(rows, "label", values, Value("float32"))
+
+
+# A tag for each token
+
+
+def _tag_names(train: Dataset) -> list[str]:
+    values = [tag for _, tags in _listed(train, "tags", "train") for tag in tags]
+    return _at_least_two(_words(train.features["tags"].feature, values))
+
+
+def _tag_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    numbers = {name: number for number, name in enumerate(names)}
+    tokens, numbered = rows["tokens"], []
+    for index, (row, tags) in enumerate(_listed(rows, "tags", split)):
+        if len(tags) != len(tokens[index]):
+            raise UserError(f"data: {split} row {row}: {len(tokens[index])} tokens and {len(tags)} tags")
+        feature = rows.features["tags"].feature
+        numbered.append([_number(_word(feature, tag), numbers, split, row) for tag in tags])
+    return _replaced(rows, "tags", numbered, List(ClassLabel(names=names)))
+
+
+LABEL_KINDS: dict[str, LabelKind] = {
+    "class": LabelKind("label", _class_names, _class_numbers, in_proportion=True),
+    "classes": LabelKind("label", _classes_names, _classes_numbers),
+    "number": LabelKind("label", _numeric_names, _numeric),
+    "tags": LabelKind("tags", _tag_names, _tag_numbers),
+}

@@ -1,0 +1,98 @@
+"""What a finished run leaves: how its directory is written so that it is whole or not there, and opened again."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zoo.errors import UserError
+from zoo.files import write_json, write_text
+from zoo.loading import assert_same_weights, load_model, load_tokenizer
+from zoo.recipe import Recipe
+from zoo.recipe_loading import load_recipe
+from zoo.tasks import Task, task_of
+from zoo.trainer import writing
+
+METRICS = "metrics.json"
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, opened: its recipe, task, model (in fp32), tokenizer, and the names of its labels."""
+
+    recipe: Recipe
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]
+
+
+def save(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: Mapping[str, Any],
+    output_dir: Path,
+    extras: Mapping[str, str | bytes],
+) -> None:
+    """Moves the finished files into place one by one; metrics.json, which says that the run is finished, is last.
+
+    extras: file name -> its content: the card, predictions, plots.
+    """
+    new = output_dir / ".model"
+    shutil.rmtree(new, ignore_errors=True)
+    # standard attention is saved as the official class, so that any tool opens it
+    official = recipe.model.implementation == "native" and not has_variant(model)
+    # what transformers' pipelines cut at, given truncation=True
+    tokenizer.model_max_length = recipe.task.max_length
+    with writing(output_dir):
+        options: dict[str, Any] = {"official": True} if official else {}
+        model.save_pretrained(new, **options)
+        tokenizer.save_pretrained(new)
+        for name, content in extras.items():
+            if isinstance(content, bytes):
+                (new / name).write_bytes(content)
+            else:
+                write_text(new / name, content)
+        assert_same_weights(model, new, whole=True)
+        for file in sorted(new.iterdir()):
+            os.replace(file, output_dir / file.name)
+        new.rmdir()
+        write_json(output_dir / METRICS, dict(metrics))
+
+
+def has_variant(model) -> bool:
+    """Whether a model has attention that the official class does not know."""
+    from zoo.models.pretrained import is_standard
+
+    return not is_standard(model.config)
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / METRICS).read_text(encoding="utf-8"))
+
+
+def check_finished(directory: Path) -> None:
+    """Raises UserError unless zoo train has finished in `directory`."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give one that zoo train has made")
+    missing = [name for name in (RECIPE, METRICS) if not (directory / name).exists()]
+    if missing:
+        raise UserError(f"{directory}: not a finished run (no {' and no '.join(missing)}); finish it with --resume")
+
+
+def open_finished(directory: Path, overrides: Sequence[str] = ()) -> Finished:
+    """Opens what `zoo train` has left. overrides: `section.key=value` on the run's recipe. Raises UserError."""
+    check_finished(directory)
+    recipe = load_recipe(str(directory / RECIPE), overrides)
+    task = task_of(recipe.task)
+    section = recipe.model.model_copy(update={"path": str(directory.resolve()), "revision": None, "config": {}})
+    model, tokenizer = load_model(section, task.auto_class), load_tokenizer(section)
+    labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
+    return Finished(recipe, task, model, tokenizer, labels)

@@ -1,0 +1,76 @@
+"""A tag for each token of a text: names (BIO, IOB2 and the like, measured by spans) or parts of speech."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
+
+from zoo.labels import LABEL_KINDS
+from zoo.recipe import TASK_ROLES, TaskSection
+from zoo.tasks.base import Collate, Rows, Task, arrays, cut, padding
+
+IGNORED = -100
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
+    def encode(rows: Rows) -> Rows:
+        encoded = cut(tokenizer, section, [rows["tokens"]], is_split_into_words=True)
+        # the first piece of a token bears its tag; the others, and what the tokenizer adds, are not learned
+        labels = []
+        for text, words in zip(encoded.pop("text"), encoded.pop("word_ids"), strict=True):
+            first = [word is not None and word != before for before, word in zip([None, *words], words, strict=False)]
+            tags = rows["tags"][text]
+            labels.append([tags[word] if new else IGNORED for new, word in zip(first, words, strict=True)])
+        return {**encoded, "labels": labels, "row": rows["row"]}
+
+    return encode
+
+
+def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
+    padding(tokenizer)
+    pad = DataCollatorForTokenClassification(tokenizer)
+    return lambda rows: dict(pad(rows))
+
+
+def _tags(prediction: EvalPrediction, labels: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """Gold and predicted tags of each row, one for each token that was not cut off."""
+    logits, gold = arrays(prediction)
+    learned = gold != IGNORED
+
+    def named(numbers: np.ndarray) -> list[list[str]]:
+        return [[labels[number] for number in row[mask]] for row, mask in zip(numbers, learned, strict=True)]
+
+    return named(gold), named(logits.argmax(-1))
+
+
+def _metrics(section: TaskSection, labels: Sequence[str]):
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        gold, predicted = _tags(prediction, labels)
+        scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+        spans = {name: float(score(gold, predicted, zero_division=0)) for name, score in scores.items()}
+        return {"accuracy": float(accuracy_score(gold, predicted)), **spans}
+
+    return metrics
+
+
+def _records(section: TaskSection, labels: Sequence[str]):
+    def records(prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
+        for gold, predicted in zip(*_tags(prediction, labels), strict=True):
+            yield {"gold": gold, "predicted": predicted}
+
+    return records
+
+
+TOKEN_CLASSIFICATION = Task(
+    name="token-classification",
+    auto_class="AutoModelForTokenClassification",
+    roles=TASK_ROLES["token-classification"],
+    labels=LABEL_KINDS["tags"],
+    encode=_encode,
+    collate=_collate,
+    metrics=_metrics,
+    metric_names=("accuracy", "precision", "recall", "f1"),
+    records=_records,
+)
