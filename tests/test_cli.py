@@ -100,6 +100,7 @@ train:
         (["train", "tiny.yaml", "model.attn_implementation=flash_attention_2"], 2, "model.attn_implementation: "),
         (["train", "tiny.yaml", "train.fp16=true", "train.eval_steps=3"], 2, "train: refused by transformers: "),
         (["train", "tiny.yaml", "train.learning_rate=1e30", "train.max_grad_norm=0.0"], 1, "the loss is nan at step 2"),
+        (["predict", "nowhere", "a text"], 2, "nowhere: no such directory"),
         (["evaluate", "nowhere"], 2, "nowhere: no such directory"),
         (["evaluate", "."], 2, "not a finished run"),
         (["evaluate", ".", "--split", "tset"], 2, "it is one of train, validation, test"),
@@ -142,6 +143,24 @@ def test_one_json_object(folder):
     assert (code, out) == (2, "") and "holds a finished run; add --resume" in err
     code, out, err = zoo("evaluate", "runs/tiny", "--split", "validation", cwd=folder)
     assert code == 0 and f"{answer['eval_accuracy']:.4f}" in out and "validation_accuracy" in out
+
+
+def test_predict(folder):
+    code, out, err = zoo("train", "tiny.yaml", "train.max_steps=4", cwd=folder)
+    assert code == 0, err
+    text = "wheat shipments rose"
+    code, out, err = zoo("predict", "runs/tiny", text, text, "--json", cwd=folder)
+    answers = json.loads(out)
+    assert code == 0 and [answer["text"] for answer in answers] == [text, text]
+    code, out, err = zoo("predict", "runs/tiny", text, cwd=folder)
+    best = answers[0]["predicted"]
+    assert (code, out) == (0, f"{best} {answers[0]['probabilities'][best]:.3f}  {text}\n")
+    (folder / "new.csv").write_text(f"id,text\n7,{text}\n")
+    code, out, err = zoo("predict", "runs/tiny", "--file", "new.csv", "--output", "answers.jsonl", cwd=folder)
+    assert (code, out) == (0, "1 answers in answers.jsonl\n"), err
+    assert json.loads((folder / "answers.jsonl").read_text()) == answers[0]
+    code, out, err = zoo("predict", "runs/tiny", cwd=folder)
+    assert (code, out) == (2, "") and "give texts, or --file" in err
 
 
 def test_interrupted_and_resumed(folder):

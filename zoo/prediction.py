@@ -58,7 +58,7 @@ def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
 
 def _rows(finished: Finished, file: Path) -> list[dict[str, str]]:
     rows = read_rows(file)
-    named: dict[str, str] = {**finished.recipe.data.columns}
+    named = {str(role): name for role, name in finished.recipe.data.columns.items()}
     wanted = {}
     for role in ("text", "text_pair"):
         names = [name for name in (named.get(role, role), role) if name in rows.column_names]
@@ -83,7 +83,7 @@ class _Windows(TextClassificationPipeline):
 
     pooling = "mean"
 
-    def _forward(self, model_inputs, **parameters):
+    def _forward(self, model_inputs):  # type: ignore[override] # as the class above has it
         model_inputs.pop("overflow_to_sample_mapping")
         logits = self.model(**model_inputs).logits
         return {"logits": logits.amax(0, keepdim=True) if self.pooling == "max" else logits.mean(0, keepdim=True)}
