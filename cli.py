@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zoo.errors import RunError, UserError
+from zoo.errors import Interrupted, RunError, UserError
 from zoo.quiet import quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -35,7 +36,8 @@ def main() -> None:
 
 @contextmanager
 def _ending() -> Iterator[None]:
-    """Turns the ways to fail into words and an exit status: 2 the user's words, 1 the run, 130 interrupted."""
+    """Turns the ways to fail into words and an exit status: 2 the user's words, 1 the run, 130 and 143 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except UserError as error:
@@ -44,9 +46,16 @@ def _ending() -> Iterator[None]:
     except RunError as error:
         typer.secho(f"zoo: {error}", err=True, fg="red")
         raise typer.Exit(1) from None
+    except Interrupted as error:
+        typer.secho(f"zoo: {error}", err=True, fg="yellow")
+        raise typer.Exit(error.status) from None
     except KeyboardInterrupt:
-        typer.secho("zoo: interrupted; continue with --resume", err=True, fg="yellow")
+        typer.secho("zoo: interrupted", err=True, fg="yellow")
         raise typer.Exit(130) from None
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Interrupted(number)
 
 
 @contextmanager

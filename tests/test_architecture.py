@@ -16,7 +16,7 @@ OUTSIDE = {"torch", "transformers", "huggingface_hub"}  # of a model that is shi
 LAYERS = [
     {"errors", "files", "memory", "quiet", "metrics"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
-    {"models", "labels", "conll"},
+    {"models", "labels", "conll", "interrupts"},
     {"loading", "data", "tasks"},
     {"trainer"},
     {"model_directory", "results", "environment", "card"},

@@ -163,8 +163,9 @@ def test_predict(folder):
     assert (code, out) == (2, "") and "give texts, or --file" in err
 
 
-def test_interrupted_and_resumed(folder):
-    longer = ["train.max_steps=120", "train.eval_steps=10", "train.save_steps=10", "train.seed=5"]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_and_resumed(folder, number, status):
+    longer = ["train.max_steps=120", "train.eval_steps=10", "train.save_steps=20", "train.seed=5"]
     command = [sys.executable, str(REPO / "cli.py"), "train", "tiny.yaml", "--output-dir", "run", *longer]
     process = subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -172,13 +173,15 @@ def test_interrupted_and_resumed(folder):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(folder.glob("run/checkpoints/checkpoint-10/complete.json")) and time.monotonic() < deadline:
+    while not list(folder.glob("run/checkpoints/checkpoint-20/complete.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err.endswith("\nzoo: interrupted; continue with --resume\n") and "Traceback" not in err
+    assert process.returncode == status, err
+    steps = [int(path.name.partition("-")[2]) for path in (folder / "run" / "checkpoints").iterdir()]
+    assert err.endswith(f"\nzoo: interrupted; step {max(steps)} is saved, continue with --resume\n")
+    assert "Traceback" not in err and max(steps) < 120
     assert not (folder / "run" / "metrics.json").exists()
     for number, directory in enumerate(("run", "whole")):
         code, out, err = zoo("train", "tiny.yaml", "--output-dir", directory, "--resume", *longer, cwd=folder)

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import zoo.evaluation
 from zoo.data import load_splits
-from zoo.errors import RunError, UserError
+from zoo.errors import Interrupted, RunError, UserError
 from zoo.loading import load_model, load_tokenizer
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
@@ -246,6 +246,35 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(recipe, finished, tmp_p
     assert dict(events(moved, "train")) == dict(events(finished, "train"))
     speed = metrics["train_samples_per_second"] * metrics["train_runtime"]
     assert speed == pytest.approx(STEPS * 8, rel=0.01), "time and samples are those of the whole run"
+
+
+EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 27}
+
+
+@pytest.mark.parametrize("at", [5, 9, 13, 27], ids=["in an epoch", "at its end", "in the next", "at the very end"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_its_step(recipe, tmp_path, monkeypatch, at, number):
+    """An epoch has 9 steps, and an evaluation at its end that must not be lost."""
+    by_epoch = recipe.model_copy(update={"train": recipe.train | EPOCHS})
+    if not (tmp_path.parent / "by-epoch").exists():
+        run(by_epoch, tmp_path.parent / "by-epoch")
+    step = ZooTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == at - 1:
+            os.kill(os.getpid(), number)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ZooTrainer, "training_step", interrupted)
+        with pytest.raises(Interrupted, match=f"interrupted; step {at} is saved") as caught:
+            run(by_epoch, tmp_path / "run")
+    assert caught.value.status == 128 + number and max(checkpoints(tmp_path / "run")) == at
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    metrics = run(by_epoch, tmp_path / "run", resume=True)
+    whole = tmp_path.parent / "by-epoch"
+    assert without_time(metrics) == without_time(json.loads((whole / "metrics.json").read_text()))
+    assert differing(weights(tmp_path / "run"), weights(whole)) == []
 
 
 def test_checkpoints_that_are_not_whole(finished, tmp_path, capsys):

@@ -16,6 +16,14 @@ class RunError(Exception):
     """A run failed for a reason that the message states. Exit status 1."""
 
 
+class Interrupted(BaseException):
+    """A signal has ended the run; exit status 128 and its number. No library's `except Exception` may swallow it."""
+
+    def __init__(self, number: int, saved: str = ""):
+        super().__init__(f"interrupted{saved}")
+        self.status = 128 + number
+
+
 def did_you_mean(word: object, candidates: Iterable[str]) -> str:
     """The end of a message about an unknown `word`: "; did you mean X?", or nothing where no candidate is near."""
     known = {candidate.lower(): candidate for candidate in candidates}

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from zoo.data import WithDraws
 from zoo.errors import RunError
 from zoo.files import sha256, write_json
+from zoo.interrupts import StopAtCheckpoint
 from zoo.loading import assert_same_adapter, assert_same_weights
 
 COMPLETE = "complete.json"
@@ -44,8 +45,11 @@ class ZooTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         try:
-            return super().train(*args, **kwargs)
+            with StopAtCheckpoint() as stop:
+                self.add_callback(stop)
+                return super().train(*args, **kwargs)
         finally:
+            self.remove_callback(stop)
             # of a run that ends early: what is said about that is the last line
             for callback in self.callback_handler.callbacks:
                 for bar in ("training_bar", "prediction_bar") if isinstance(callback, ProgressCallback) else ():
