@@ -199,15 +199,16 @@ def evaluate(
     directory: Annotated[Path, typer.Argument(help="A directory that zoo train has made.")],
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    data: Annotated[str | None, typer.Option(help="Other data: a file, a directory or a hub id.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a finished model on a split of its data, or of other data with the same labels.
+    """Evaluate a finished model on a split of its data, or of other data with the same columns and labels.
 
     Examples:
 
       zoo evaluate runs/bert-finetune-topics
 
-      zoo evaluate runs/bert-finetune-topics data.path=mine data.files='{test: mine.csv}' data.options={}
+      zoo evaluate runs/bert-finetune-topics --data new.csv data.columns='{text: body, label: topic}'
     """
     with _ending(), _only_json(as_json) as answer:
         if split not in ("train", "validation", "test"):
@@ -215,7 +216,7 @@ def evaluate(
         quiet_libraries()
         from zoo.evaluation import run
 
-        _report(run(directory, split, overrides or []), f"{directory} on {split}", as_json, answer, directory)
+        _report(run(directory, split, overrides or [], data), f"{directory} on {split}", as_json, answer, directory)
 
 
 @app.command()

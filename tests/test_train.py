@@ -129,6 +129,21 @@ def test_evaluate_finds_the_same_metrics(finished):
             assert again[f"{split}_{name}"] == pytest.approx(metrics[f"{prefix}_{name}"], abs=1e-6), (split, name)
 
 
+def test_evaluate_other_data(finished, r8, tmp_path):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    again = zoo.evaluation.run(finished, data=str(r8 / "test.csv"))
+    assert again["test_loss"] == pytest.approx(metrics["test_loss"], abs=1e-6)
+    frame = (r8 / "test.csv").read_text().replace("text,label", "body,topic", 1)
+    (tmp_path / "new.csv").write_text(frame)
+    with pytest.raises(UserError, match="no column 'text'; it has body, topic"):
+        zoo.evaluation.run(finished, data=str(tmp_path / "new.csv"))
+    columns = "data.columns={text: body, label: topic}"
+    again = zoo.evaluation.run(finished, "validation", [columns], str(tmp_path / "new.csv"))
+    assert again["validation_loss"] == pytest.approx(metrics["test_loss"], abs=1e-6)
+    with pytest.raises(UserError, match="no/such-data: cannot be read"):
+        zoo.evaluation.run(finished, data="no/such-data")
+
+
 def test_evaluate_of_what_is_not_finished_or_not_read(finished, tmp_path):
     unfinished = shutil.copytree(finished, tmp_path / "unfinished", ignore=shutil.ignore_patterns("checkpoints"))
     for override in ("model.path=elsewhere", "model={path: elsewhere}", "name=other"):
@@ -390,6 +405,35 @@ def test_directories_that_are_refused(recipe, finished, tmp_path):
     other = recipe.model_copy(update={"train": recipe.train | {"seed": 8}})
     assert "its run had another recipe" in refused(finished, resume=True, recipe=other)
     assert (finished / "recipe.yaml").read_text() == recipe.to_yaml()
+
+
+def test_one_run_at_a_time(recipe, tmp_path):
+    directory = tmp_path / "run"
+    process = SERVER.Process(target=run, args=(recipe, directory))
+    process.start()
+    while not (directory / "events.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(UserError, match="another run is at work in it"):
+            run(recipe, directory, resume=True)
+    finally:
+        process.kill()
+        process.join()
+    short = recipe.model_copy(update={"train": recipe.train | {"max_steps": 4}})
+    with pytest.raises(UserError, match="had another recipe"):
+        run(short, directory, resume=True)
+    assert "test_loss" in run(recipe, directory, resume=True), "whoever is killed holds nothing"
+
+
+def test_what_is_left_of_a_recipe_is_no_run(recipe, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / ".recipe.yaml.123").write_text("name: ti")
+    (directory / ".lock").touch()
+    run(recipe.model_copy(update={"train": recipe.train | {"max_steps": 4}}), directory)
+    assert not [path.name for path in directory.iterdir() if path.name.startswith(".")]
 
 
 def test_a_recipe_that_is_refused_leaves_its_directory_free(recipe, tmp_path):

@@ -1,5 +1,6 @@
 """`zoo evaluate`: a finished model directory on a split of its data, or of the same data elsewhere."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ _READ = (
 )
 
 
-def run(directory: Path, split: str = "test", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run(directory: Path, split: str = "test", overrides: Sequence[str] = (), data: str | None = None) -> dict[str, Any]:
     """Metrics of the model in `directory` on one split, by the recipe it was made with.
 
-    overrides: `section.key=value` on that recipe, such as data.path=... for other data with the same labels.
+    data: another file, directory or hub id with the same columns and labels; a file is the split. overrides:
+    `section.key=value` on the recipe, which say more than that.
     """
+    overrides = [*(_other_data(data, split) if data is not None else ()), *overrides]
     for override in overrides:
         key = override.partition("=")[0]
         if not f"{key}.".startswith(("data.", *(f"{read}." for read in _READ))):
@@ -39,6 +42,16 @@ def run(directory: Path, split: str = "test", overrides: Sequence[str] = ()) -> 
         print(f"{split}: {note}")
         trainer = build_trainer(recipe, task, finished.model, finished.tokenizer, arguments, finished.labels)
         return trainer.evaluate(encoded_rows, metric_key_prefix=split)
+
+
+def _other_data(data: str, split: str) -> list[str]:
+    """What replaces the recipe's own data. A file is read as the datasets library reads one: as its split train."""
+    splits = {split: "train"} if Path(data).is_file() else {}
+    return [
+        f"data.path={json.dumps(data)}",
+        *("data.files={}", "data.options={}", "data.format=null", "data.name=null", "data.revision=null"),
+        f"data.splits={json.dumps(splits)}",
+    ]
 
 
 def _only_evaluating(recipe: Recipe) -> Recipe:

@@ -4,12 +4,14 @@ The directory holds the model and tokenizer, `recipe.yaml` as resolved, `metrics
 run's `checkpoints/`, from which it resumes.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
 
 from zoo.card import card
@@ -27,6 +29,8 @@ from zoo.tasks.metrics import own_metrics
 from zoo.tasks.text_classification import pooled, weighted_loss
 from zoo.trainer import EventLog, ZooTrainer, newest_complete
 
+LOCK = ".lock"
+
 
 def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:
     """Trains, chooses the best checkpoint on the validation split, reads the test split once; returns the metrics.
@@ -38,6 +42,13 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     if (output_dir / METRICS).exists():
         print(f"{output_dir} is finished; nothing is trained again")
         return read_metrics(output_dir)
+    with _alone(output_dir):
+        # another run may have begun, or ended, since
+        _check_directory(recipe, output_dir, resume)
+        return _run(recipe, output_dir)
+
+
+def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     task = task_of(recipe.task)
     arguments = training_arguments(recipe, output_dir)
     _check_choice(arguments, recipe, task)
@@ -111,7 +122,7 @@ def _check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
         raise UserError(f"--output-dir {output_dir}: a file of that name exists")
     old = output_dir / RECIPE
     # folders without a file in them are what a refused recipe has left
-    if any(not path.is_dir() for path in output_dir.rglob("*")):
+    if any(not path.is_dir() and not _is_ours(path) for path in output_dir.rglob("*")):
         if not old.exists():
             raise UserError(f"--output-dir {output_dir}: not empty, and not a run of zoo; choose another directory")
         if not resume:
@@ -128,8 +139,34 @@ def _check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
         raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file is the lock, or what a run that was killed has left of writing its recipe."""
+    return path.name == LOCK or path.name.startswith(f".{RECIPE}.")
+
+
+@contextlib.contextmanager
+def _alone(output_dir: Path) -> Iterator[None]:
+    """Holds the directory, until the process ends at the latest. Raises UserError where another run has it."""
+    lock = FileLock(output_dir / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"--output-dir {output_dir}: another run is at work in it; wait for it, or choose another directory"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        (output_dir / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
 def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Path | None:
     """Makes the directory this run's, now that nothing speaks against it; returns the checkpoint to continue from."""
+    for leftover in output_dir.glob(f".{RECIPE}.*"):
+        leftover.unlink()
     try:
         write_text(output_dir / RECIPE, recipe.to_yaml())
     except OSError as error:
