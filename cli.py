@@ -188,7 +188,10 @@ def train(
         loaded = loaded.smoke() if smoke else loaded
         directory = output_dir or Path("runs") / (loaded.name + ("-smoke" if smoke else ""))
         quiet_libraries()
-        from zoo.train import run
+        if loaded.seeds:
+            from zoo.seeds import run
+        else:
+            from zoo.train import run
 
         metrics = run(loaded, directory, resume)
         _report(metrics, f"{loaded.name}: the model is in {directory}", as_json, answer, directory)
@@ -316,9 +319,9 @@ def bench_finetune(
 
 # what a person wants to see first, and how
 _SHOWN = {
-    "accuracy": "{:.4f}",
-    "f1_macro": "{:.4f}",
-    "loss": "{:.4f}",
+    **dict.fromkeys(("accuracy", "f1", "f1_macro", "f1_micro", "precision", "recall", "calibration_error"), "{:.4f}"),
+    **dict.fromkeys(("mse", "mae", "pearsonr", "spearmanr", "loss"), "{:.4f}"),
+    "perplexity": "{:.2f}",
     "samples_per_second": "{:.1f}",
     "runtime": "{:.0f} s",
     "peak_memory_bytes": "{:,.0f}",
@@ -336,11 +339,14 @@ def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, director
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        shape = next((shape for ending, shape in _SHOWN.items() if name.endswith(ending)), None)
-        if name == "peak_memory_bytes":
+        base = name.removesuffix("_mean")
+        shape = next((shape for ending, shape in _SHOWN.items() if base.endswith(ending)), None)
+        if base == "peak_memory_bytes":
             table.add_row("peak memory", f"{value / 2**20:,.0f} MiB")
         elif shape is not None:
-            table.add_row(name, shape.format(value))
+            # of several seeds: the half width of the mean's 95 % interval
+            spread = f" ± {shape.format(metrics[f'{base}_high'] - value)}" if f"{base}_high" in metrics else ""
+            table.add_row(name, shape.format(value) + spread)
     Console().print(table)
 
 

@@ -20,13 +20,14 @@ LAYERS = [
     {"loading", "data", "tasks"},
     {"trainer"},
     {"model_directory", "results", "environment", "card"},
-    {"train", "evaluation", "prediction", "bench", "catalogue", "doctor"},
+    {"seeds", "train", "evaluation", "prediction", "bench", "catalogue", "doctor"},
     {"cli"},
 ]
 NEIGHBOURS = {
     "library_schema": {"sources"},
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},
     "evaluation": {"train"},
+    "seeds": {"train"},
     "bench": {"train"},
 }
 

@@ -85,6 +85,9 @@ def check_finished(directory: Path) -> None:
     missing = [name for name in (RECIPE, METRICS) if not (directory / name).exists()]
     if missing:
         raise UserError(f"{directory}: not a finished run (no {' and no '.join(missing)}); finish it with --resume")
+    if not (directory / "config.json").exists():
+        seeds = sorted(path.name for path in directory.glob("seed-*"))
+        raise UserError(f"{directory}: a run of several seeds; name one of them: {', '.join(seeds)}")
 
 
 def open_finished(directory: Path, overrides: Sequence[str] = ()) -> Finished:

@@ -203,8 +203,9 @@ class LaunchSection(Section):
 class Recipe(Section):
     """A resolved recipe: base, file and command line merged and checked.
 
-    `train` is given verbatim to transformers.TrainingArguments. `file` is the recipe's file and `origins` tells where
-    each value came from ("command line", "file:line" or "default"); neither counts in comparisons.
+    `train` is given verbatim to transformers.TrainingArguments. `seeds`: a run for each. `file` is the recipe's file and
+    `origins` tells where each value came from ("command line", "file:line" or "default"); neither counts in
+    comparisons.
     """
 
     name: Annotated[str, Field(max_length=100)]
@@ -213,12 +214,19 @@ class Recipe(Section):
     task: TaskSection
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     hub: HubSection = Field(default_factory=HubSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
     _file: Path | None = PrivateAttr(default=None)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        if len(self.seeds) == 1:
+            yield ("seeds",), "one seed has no interval; give several, or write it as train.seed"
+        if len(set(self.seeds)) < len(self.seeds):
+            yield ("seeds",), "a seed stands there twice"
+        if self.seeds and "seed" in self.train:
+            yield ("train", "seed"), "seeds are given; remove this one"
         roles = TASK_ROLES[self.task.type]
         for role in self.data.columns:
             if role not in roles:
@@ -271,7 +279,7 @@ class Recipe(Section):
         for kind, kept in (("eval", ("no",)), ("save", ("no", "best"))):
             if train.get(f"{kind}_strategy") not in kept:
                 train |= {f"{kind}_strategy": "steps", f"{kind}_steps": 2}
-        small = self.model_copy(update={"data": data, "task": task, "train": train}, deep=True)
+        small = self.model_copy(update={"data": data, "task": task, "train": train, "seeds": self.seeds[:2]}, deep=True)
         before, after = leaves(plain(self)), leaves(plain(small))
         changed = {key for key, value in after.items() if key not in before or before[key] != value}
         small._origins = {key: "command line" if key in changed else self._origins.get(key, "default") for key in after}

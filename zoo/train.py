@@ -38,13 +38,13 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     resume: continue an unfinished run in `output_dir`, or report a finished one. Raises UserError for a directory in
     use, wrong data or a wrong checkpoint; RunError for a run that cannot go on.
     """
-    _check_directory(recipe, output_dir, resume)
+    check_directory(recipe, output_dir, resume)
     if (output_dir / METRICS).exists():
         print(f"{output_dir} is finished; nothing is trained again")
         return read_metrics(output_dir)
-    with _alone(output_dir):
+    with alone(output_dir):
         # another run may have begun, or ended, since
-        _check_directory(recipe, output_dir, resume)
+        check_directory(recipe, output_dir, resume)
         return _run(recipe, output_dir)
 
 
@@ -116,7 +116,7 @@ def _extras(
     return extras
 
 
-def _check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
+def check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
     """Refuses a directory that holds something else, or that cannot be made."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir}: a file of that name exists")
@@ -126,9 +126,9 @@ def _check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
         if not old.exists():
             raise UserError(f"--output-dir {output_dir}: not empty, and not a run of zoo; choose another directory")
         if not resume:
-            state = "finished" if (output_dir / METRICS).exists() else "unfinished"
+            state = "a finished" if (output_dir / METRICS).exists() else "an unfinished"
             raise UserError(
-                f"--output-dir {output_dir}: holds a {state} run; add --resume to continue it, delete it, or choose "
+                f"--output-dir {output_dir}: holds {state} run; add --resume to continue it, delete it, or choose "
                 "another --output-dir"
             )
         if old.read_text(encoding="utf-8") != recipe.to_yaml():
@@ -145,7 +145,7 @@ def _is_ours(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(output_dir: Path) -> Iterator[None]:
+def alone(output_dir: Path) -> Iterator[None]:
     """Holds the directory, until the process ends at the latest. Raises UserError where another run has it."""
     lock = FileLock(output_dir / LOCK)
     try:
