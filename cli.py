@@ -257,6 +257,62 @@ def predict(
 
 
 @app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="A directory that zoo train has made, or one with an adapter.")],
+    repo: Annotated[str, typer.Argument(help="name, or namespace/name; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made: for nobody else to see.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Commit to this branch instead of main.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push a finished model to a hub, in one commit. The token is that of HF_TOKEN, or of hf auth login.
+
+    Examples:
+
+      zoo push runs/bert-finetune-topics me/topics --private
+
+      HF_ENDPOINT=http://127.0.0.1:8080 zoo push runs/bert-finetune-topics topics
+    """
+    with _ending(), _only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo import hub
+
+        pushed = hub.push(directory, repo, private, branch, dry_run)
+        if as_json:
+            print(json.dumps(pushed), file=answer)
+            return
+        if dry_run:
+            for name, size in pushed["files"].items():
+                print(f"{size:>13,}  {name}")
+        total = sum(pushed["files"].values())
+        where = f"would go to {repo}" if dry_run else f"are in {pushed['url']}, commit {pushed['commit'][:8]}"
+        print(f"{len(pushed['files'])} files, {total / 2**20:,.1f} MiB, {where}")
+
+
+@app.command()
+def serve(
+    directory: Annotated[Path, typer.Argument(help="Where the repositories are, or will be.")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at. Others than local ones see everything public.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    owner: Annotated[str, typer.Option(help="The namespace of repositories named without one.")] = "zoo",
+) -> None:
+    """Serve a hub from a directory, to the stock huggingface_hub and transformers clients. It holds models.
+
+    Writing wants a token: the one in ZOO_HUB_TOKEN, or a new one that is printed at the start.
+
+    Example:
+
+      zoo serve hub    # then, elsewhere: export HF_ENDPOINT=... HF_TOKEN=... as it prints
+    """
+    with _ending():
+        from zoo.service.server import run
+
+        run(directory, host, port, owner)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Look at versions, devices, caches and the hub; each problem with its remedy. Exit status 1 if there is one.
 

@@ -188,10 +188,17 @@ def _revision_contradiction(path: str, revision: str | None) -> Iterator[tuple[K
 
 
 class HubSection(Section):
-    """What the card says of licences, where it cannot be read from the model's source."""
+    """Where the finished model is pushed to, if anywhere, and what the card says of licences."""
 
+    repo: Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]+$")] | None = None
+    branch: Text | None = None
+    private: bool = False
     license: Text | None = None
     data_license: Text | None = None
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        if self.repo is None and (self.branch is not None or self.private):
+            yield ("repo",), "nothing is pushed without it; name the repository, or remove branch and private"
 
 
 class LaunchSection(Section):
@@ -203,9 +210,8 @@ class LaunchSection(Section):
 class Recipe(Section):
     """A resolved recipe: base, file and command line merged and checked.
 
-    `train` is given verbatim to transformers.TrainingArguments. `seeds`: a run for each. `file` is the recipe's file and
-    `origins` tells where each value came from ("command line", "file:line" or "default"); neither counts in
-    comparisons.
+    `train` is given verbatim to transformers.TrainingArguments; `seeds` are a run each. `file` is the recipe's file,
+    `origins` where each value came from ("command line", "file:line" or "default"); neither counts in comparisons.
     """
 
     name: Annotated[str, Field(max_length=100)]
@@ -225,6 +231,8 @@ class Recipe(Section):
             yield ("seeds",), "one seed has no interval; give several, or write it as train.seed"
         if len(set(self.seeds)) < len(self.seeds):
             yield ("seeds",), "a seed stands there twice"
+        if self.seeds and self.hub.repo is not None:
+            yield ("hub", "repo"), "several seeds make several models; push the one you choose with zoo push"
         if self.seeds and "seed" in self.train:
             yield ("train", "seed"), "seeds are given; remove this one"
         roles = TASK_ROLES[self.task.type]

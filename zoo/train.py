@@ -14,6 +14,7 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
 
+from zoo import hub
 from zoo.card import card
 from zoo.data import Splits, WithDraws, load_splits
 from zoo.environment import environment
@@ -49,6 +50,8 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
 
 
 def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
+    if recipe.hub.repo is not None:
+        hub.check(recipe.hub.repo)
     task = task_of(recipe.task)
     arguments = training_arguments(recipe, output_dir)
     _check_choice(arguments, recipe, task)
@@ -84,6 +87,9 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
     save(recipe, model, tokenizer, metrics, output_dir, _extras(recipe, task, model, trainer, splits, metrics, records))
     events.write("finished", trainer.state.global_step, metrics)
+    if recipe.hub.repo is not None:
+        pushed = hub.push(output_dir, recipe.hub.repo, recipe.hub.private, recipe.hub.branch)
+        print(f"pushed to {pushed['url']}")
     return metrics
 
 

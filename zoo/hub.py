@@ -1,0 +1,120 @@
+"""`zoo push`: a finished model to a hub, checked before anything is sent and committed in one piece."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from zoo.errors import RunError, UserError
+from zoo.model_directory import check_finished
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# of a pickle nobody knows what it does when it is opened
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def check(repo: str) -> str:
+    """The full name of a repository that this token may write to. Raises UserError, RunError where the hub is away."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo}: cannot name a repository: {error}") from error
+    if get_token() is None:
+        raise UserError("no token for the hub: set HF_TOKEN, or log in with: hf auth login")
+    api = _api()
+    with _words(api, repo):
+        me = api.whoami()
+    names = [me["name"], *(organisation["name"] for organisation in me.get("orgs", []))]
+    namespace = repo.split("/")[0] if "/" in repo else me["name"]
+    access = me.get("auth", {}).get("accessToken", {})
+    if access.get("role") == "read":
+        raise UserError(f"{repo}: the token {access.get('displayName', '')!r} may read only; use one that may write")
+    full = f"{namespace}/{repo.split('/')[-1]}"
+    # a hub of one's own lets its token write anywhere
+    if namespace not in names and api.endpoint == "https://huggingface.co":
+        raise UserError(f"{repo}: {me['name']} may write to {', '.join(names)} only")
+    return full
+
+
+def push(
+    directory: Path, repo: str, private: bool = False, branch: str | None = None, dry_run: bool = False
+) -> dict[str, Any]:
+    """Uploads what zoo train has left, without checkpoints, in one commit; returns `repo`, `url`, `commit`, `files`.
+
+    dry_run: nothing is sent, and no hub is asked. Raises UserError, or RunError where the hub fails.
+    """
+    files = contents(directory)
+    answer: dict[str, Any] = {
+        "repo": repo,
+        "files": {file.relative_to(directory).as_posix(): file.stat().st_size for file in files},
+    }
+    if dry_run:
+        return answer | {"url": None, "commit": None}
+    full = check(repo)
+    api = _api()
+    with _words(api, full):
+        url = api.create_repo(full, private=private, exist_ok=True)
+        if branch is not None:
+            api.create_branch(full, branch=branch, exist_ok=True)
+        made = api.upload_folder(
+            repo_id=full,
+            folder_path=directory,
+            allow_patterns=list(answer["files"]),
+            revision=branch,
+            commit_message=f"Upload {_name(directory)}",
+        )
+    return answer | {"repo": full, "url": str(url), "commit": made.oid}
+
+
+def _api() -> HfApi:
+    api = HfApi()
+    # where large files go by a protocol that only huggingface.co has, unless the client is told that there is another
+    if not (urlsplit(api.endpoint).hostname or "").endswith("huggingface.co"):
+        constants.HF_HUB_DISABLE_XET = True
+    return api
+
+
+def contents(directory: Path) -> list[Path]:
+    """What is pushed of a finished run, or of a directory with an adapter. Raises UserError."""
+    adapter = all((directory / name).is_file() for name in ADAPTER)
+    if not adapter:
+        check_finished(directory)
+    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    pickles = [file.name for file in files if file.suffix in _PICKLES]
+    if pickles:
+        raise UserError(f"{directory}: {', '.join(pickles)} may run code when it is opened; push safetensors only")
+    if not (directory / "README.md").exists():
+        raise UserError(f"{directory}: no README.md; a model without a card helps nobody")
+    return files
+
+
+def _name(directory: Path) -> str:
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError):
+        return directory.name
+
+
+@contextmanager
+def _words(api: HfApi, repo: str) -> Iterator[None]:
+    """What a hub answers, in words. The token is in none of them."""
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(f"{repo}: {api.endpoint} does not know it, or the token may not see it") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = error.response.headers.get("X-Error-Message") or f"status {status}"
+        if status in (401, 403):
+            raise UserError(f"{repo}: {api.endpoint} does not accept the token: {said}; set HF_TOKEN") from error
+        raise RunError(f"{repo}: {api.endpoint} failed: {said}; nothing is committed, push again") from error
+    except (httpx2.HTTPError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"{repo}: cannot reach {api.endpoint}: {reason}; nothing is committed, push again") from error
