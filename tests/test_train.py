@@ -292,6 +292,16 @@ def test_an_interrupted_run_saves_its_step(recipe, tmp_path, monkeypatch, at, nu
     assert differing(weights(tmp_path / "run"), weights(whole)) == []
 
 
+def test_half_a_line_of_events_is_taken_back(recipe, tmp_path):
+    short = recipe.model_copy(update={"train": recipe.train | {"max_steps": 8}})
+    run(short, tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    with (tmp_path / "run" / "events.jsonl").open("a") as file:
+        file.write('{"time": 17')
+    run(short, tmp_path / "run", resume=True)
+    assert [step for step, _ in events(tmp_path / "run", "begin")] == [0, 8]
+
+
 def test_checkpoints_that_are_not_whole(finished, tmp_path, capsys):
     directory = shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     steps = sorted(int(path.name.partition("-")[2]) for path in directory.iterdir())

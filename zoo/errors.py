@@ -66,7 +66,8 @@ class Problems:
         """UserError with a line for each problem, if there are any."""
         lines = []
         for (place, keys), text in sorted(self._found.items(), key=lambda item: item[0][0]):
-            dotted = ".".join(map(str, keys))
+            # a line break in a key would break the line
+            dotted = ".".join(str(key) if str(key).isprintable() else repr(key) for key in keys)
             lines.append(f"{place.label}: {text}" if dotted in ("", place.key) else f"{place.label}: {dotted}: {text}")
         if lines:
             raise UserError("\n".join(lines))

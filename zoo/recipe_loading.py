@@ -4,6 +4,7 @@ Nothing here imports torch or transformers: a wrong key is answered in a fractio
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -117,12 +118,22 @@ def _checked(written: Written, problems: Problems) -> Recipe | None:
         for item in error.errors():
             for keys, text in _explained(item, written.values):
                 problems.add(written.place(keys), keys, text)
+    for keys in _not_numbers(written.values):
+        problems.add(written.place(keys), keys, "is not a number (.nan), and equals nothing, not even itself")
     train = written.values.get("train")
     for key, value in train.items() if isinstance(train, dict) else ():
         problem = _train_problem(key, value)
         if problem is not None:
             problems.add(written.place(("train", key)), ("train", key), problem)
     return recipe
+
+
+def _not_numbers(value: Any, keys: Keys = ()) -> Iterator[Keys]:
+    if isinstance(value, float) and math.isnan(value):
+        yield keys
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in inside:
+        yield from _not_numbers(below, (*keys, key))
 
 
 def _explained(error: ErrorDetails, values: dict[Any, Any]) -> Iterator[tuple[Keys, str]]:
@@ -137,7 +148,9 @@ def _explained(error: ErrorDetails, values: dict[Any, Any]) -> Iterator[tuple[Ke
         for below, text in context["found"]:
             yield (*keys, *below), text
     elif (keys and not isinstance(keys[-1], str) and error["loc"][-1] == "[key]") or error["type"] == "invalid_key":
-        yield keys, f"a key is a string; write {keys[-1]!r} in quotes if you mean it"
+        # a number too large for pydantic is not found again by its location
+        wrong = keys[-1] if keys else error["loc"][-1]
+        yield keys, f"a key is a string; write {wrong!r} in quotes if you mean it"
     elif error["msg"].startswith("Input should be "):
         expected = error["msg"].removeprefix("Input should be ")
         expected = (

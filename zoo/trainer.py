@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -274,6 +275,11 @@ class EventLog(TrainerCallback):
             file.write(line + "\n")
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.path.exists():
+            # half a line is what a full disk, or a kill, has left
+            whole = self.path.read_bytes().rpartition(b"\n")
+            if whole[2]:
+                os.truncate(self.path, len(whole[0]) + len(whole[1]))
         self.write("begin", state.global_step, {"max_steps": state.max_steps})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
