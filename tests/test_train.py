@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -393,6 +394,32 @@ def test_the_rows_of_a_wrong_loss_are_named(recipe, tmp_path, poison, word):
         trainer.train()
     named = json.loads(str(caught.value).partition("rows ")[2].partition(";")[0])
     assert poisoned_row in named and len(named) == 8 and set(named) <= set(rows["row"])
+
+
+# No room, as far as a process can be told so without a disk of its own
+
+
+def _with_small_files(recipe: Recipe, directory: Path, largest: int, answer) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    try:
+        run(recipe, directory)
+    except RunError as error:
+        answer.put(str(error))
+
+
+@pytest.mark.parametrize(("largest", "file"), [(100_000, "the model"), (250_000, "the optimizer")])
+def test_a_checkpoint_that_finds_no_room(recipe, finished, tmp_path, largest, file):
+    sizes = {path.name: path.stat().st_size for path in (finished / "checkpoints" / f"checkpoint-{STEPS}").iterdir()}
+    assert sizes["model.safetensors"] > 100_000 and sizes["model.safetensors"] < 250_000 < sizes["optimizer.pt"]
+    answer = SERVER.Queue()
+    process = SERVER.Process(target=_with_small_files, args=(recipe, tmp_path / "run", largest, answer))
+    process.start()
+    said = answer.get(timeout=120)
+    process.join()
+    assert "checkpoint-4: cannot be written: " in said and "make room there, and continue with --resume" in said, file
+    assert newest_complete(tmp_path / "run" / "checkpoints") is None
+    metrics = run(recipe, tmp_path / "run", resume=True)
+    assert without_time(metrics) == without_time(json.loads((finished / "metrics.json").read_text()))
 
 
 # The directory is somebody's

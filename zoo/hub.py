@@ -115,6 +115,7 @@ def _words(api: HfApi, repo: str) -> Iterator[None]:
         if status in (401, 403):
             raise UserError(f"{repo}: {api.endpoint} does not accept the token: {said}; set HF_TOKEN") from error
         raise RunError(f"{repo}: {api.endpoint} failed: {said}; nothing is committed, push again") from error
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:
+        # the client wraps what happens to a large file in a RuntimeError
         reason = f"{type(error).__name__}: {error}"
         raise RunError(f"{repo}: cannot reach {api.endpoint}: {reason}; nothing is committed, push again") from error
