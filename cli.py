@@ -149,7 +149,7 @@ def validate(
 
 
 @app.command()
-def schema() -> None:
+def schema(as_json: AsJson = False) -> None:
     """Print the JSON Schema of a recipe, for editors.
 
     Example:
@@ -159,7 +159,7 @@ def schema() -> None:
     with _ending():
         from zoo.recipe_loading import json_schema
 
-        print(json.dumps(json_schema(), indent=2))
+        print(json.dumps(json_schema(), indent=None if as_json else 2))
 
 
 @app.command()
@@ -297,6 +297,9 @@ def serve(
     ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     owner: Annotated[str, typer.Option(help="The namespace of repositories named without one.")] = "zoo",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the address as a JSON object, once it listens.")
+    ] = False,
 ) -> None:
     """Serve a hub from a directory, to the stock huggingface_hub and transformers clients. It holds models.
 
@@ -306,10 +309,14 @@ def serve(
 
       zoo serve hub    # then, elsewhere: export HF_ENDPOINT=... HF_TOKEN=... as it prints
     """
-    with _ending():
+    with _ending(), _only_json(as_json) as answer:
         from zoo.service.server import run
 
-        run(directory, host, port, owner)
+        def say(address: str) -> None:
+            if as_json:
+                print(json.dumps({"address": address, "directory": str(directory)}), file=answer, flush=True)
+
+        run(directory, host, port, owner, say)
 
 
 @app.command()

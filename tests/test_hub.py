@@ -381,6 +381,22 @@ def test_what_is_committed_survives_a_kill(tmp_path):
     thread.join(120)
 
 
+def test_the_address_as_json(tmp_path):
+    command = [sys.executable, str(REPO / "cli.py"), "serve", str(tmp_path / "hub"), "--port", "0", "--json"]
+    environment = os.environ | {"ZOO_HUB_TOKEN": TOKEN}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=tmp_path
+    )
+    try:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        assert said["directory"] == str(tmp_path / "hub")
+        assert HfApi(endpoint=said["address"], token=TOKEN).whoami()["name"] == "zoo"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 def test_without_a_token_it_makes_one_and_says_it_once(tmp_path):
     started = start(tmp_path / "hub", token=None)
     try:

@@ -16,8 +16,7 @@ from zoo.train import run as run_one
 @pytest.fixture
 def recipe(tiny_bert, r8):
     short = make_recipe(tiny_bert, r8, {"max_steps": 4})
-    train = {key: value for key, value in short.train.items() if key != "seed"}
-    return short.model_copy(update={"seeds": [3, 1], "train": train})
+    return short.model_copy(update={"seeds": [3, 1], "train": short.train | {"seed": 99}})
 
 
 def test_each_seed_is_a_run(recipe, tmp_path, capsys):
@@ -67,7 +66,7 @@ def test_the_interval_is_that_of_student():
         ("seeds: [1]", "seeds: one seed has no interval"),
         ("seeds: [1, 2, 1]", "seeds: a seed stands there twice"),
         ("seeds: [1, -2]", "seeds.1: expected"),
-        ("seeds: [1, 2]\ntrain: {seed: 1}", "train.seed: seeds are given; remove this one"),
+        ("seeds: [1, 2]\nhub: {repo: me/x}", "hub.repo: several seeds make several models"),
     ],
 )
 def test_seeds_that_make_no_sense(tmp_path, keys, says):

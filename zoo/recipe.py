@@ -210,8 +210,9 @@ class LaunchSection(Section):
 class Recipe(Section):
     """A resolved recipe: base, file and command line merged and checked.
 
-    `train` is given verbatim to transformers.TrainingArguments; `seeds` are a run each. `file` is the recipe's file,
-    `origins` where each value came from ("command line", "file:line" or "default"); neither counts in comparisons.
+    `train` is given verbatim to transformers.TrainingArguments; `seeds`, a run each, take the place of its seed.
+    `file` is the recipe's file, `origins` where each value came from ("command line", "file:line" or "default");
+    neither counts in comparisons.
     """
 
     name: Annotated[str, Field(max_length=100)]
@@ -233,8 +234,6 @@ class Recipe(Section):
             yield ("seeds",), "a seed stands there twice"
         if self.seeds and self.hub.repo is not None:
             yield ("hub", "repo"), "several seeds make several models; push the one you choose with zoo push"
-        if self.seeds and "seed" in self.train:
-            yield ("train", "seed"), "seeds are given; remove this one"
         roles = TASK_ROLES[self.task.type]
         for role in self.data.columns:
             if role not in roles:

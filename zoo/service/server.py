@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -17,7 +18,13 @@ TOKEN_VARIABLE = "ZOO_HUB_TOKEN"
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
-def run(directory: Path, host: str = "127.0.0.1", port: int = 8080, owner: str = "zoo") -> None:
+def run(
+    directory: Path,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    owner: str = "zoo",
+    listening: Callable[[str], None] | None = None,
+) -> None:
     """Serves until it is stopped. To write with: the token in $ZOO_HUB_TOKEN, or a new one, shown on the terminal."""
     token = os.environ.get(TOKEN_VARIABLE, "")
     shown = not token
@@ -39,6 +46,8 @@ def run(directory: Path, host: str = "127.0.0.1", port: int = 8080, owner: str =
     if not local:
         lines.append("whoever reaches this address reads what is not private, and sees tokens pass: put TLS before it")
     print("\n".join(lines), file=sys.stderr, flush=True)
+    if listening is not None:
+        listening(address)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
     server.run(sockets=[listener])
 
