@@ -1,6 +1,7 @@
 """The image, built and run for real where buildah is there and a base can be had; a visible skip elsewhere.
 
-ZOO_TEST_BASE names the base image (any with Python 3.11), ZOO_TEST_CERTIFICATES a file of certificates to mount.
+ZOO_TEST_BASE names the base image (any with Python 3.11), ZOO_TEST_INDEX where torch is, ZOO_TEST_VOLUMES what to mount
+for the build (certificates, pip's settings), as buildah's --volume has them, with spaces between.
 """
 
 import os
@@ -34,10 +35,10 @@ def buildah(*arguments: str, **keys) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(shutil.which("buildah") is None, reason="no buildah on this machine: the image is not built")
 @pytest.mark.skipif(BASE is None, reason="ZOO_TEST_BASE names no base image: the image is not built")
 def test_the_image_builds_and_runs(tmp_path):
-    certificates = os.environ.get("ZOO_TEST_CERTIFICATES")
-    mounted = ["--volume", f"{certificates}:{certificates}:ro"] if certificates else []
-    base = ["--build-arg", f"BASE={BASE}", "--env", f"PIP_CERT={certificates or ''}"]
-    built = buildah("bud", "--isolation", "chroot", *base, *mounted, "--tag", IMAGE, str(REPO))
+    volumes = [word for volume in os.environ.get("ZOO_TEST_VOLUMES", "").split() for word in ("--volume", volume)]
+    index = os.environ.get("ZOO_TEST_INDEX", "https://download.pytorch.org/whl/cpu")
+    arguments = ["--build-arg", f"BASE={BASE}", "--build-arg", f"TORCH_INDEX={index}"]
+    built = buildah("bud", "--isolation", "chroot", *arguments, *volumes, "--tag", IMAGE, str(REPO))
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     container = buildah("from", IMAGE).stdout.strip()
     try:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from scipy.special import expit, softmax
+from seqeval.metrics import classification_report
+from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoTokenizer, EvalPrediction
 
@@ -20,6 +22,7 @@ from zoo.tasks import TASKS, task_of
 from zoo.tasks.base import cut
 from zoo.tasks.fill_mask import masked
 from zoo.tasks.metrics import own_metrics
+from zoo.tasks.spans import scores, spans
 from zoo.tasks.text_classification import calibration_error, pooled, weighted_loss
 
 
@@ -260,6 +263,22 @@ def test_spans_of_tags():
     assert found == pytest.approx({"accuracy": 4 / 6, "precision": 0.5, "recall": 0.5, "f1": 0.5})
     records = list(task.records(section("token-classification"), names)(EvalPrediction(np.eye(3)[predicted], gold)))
     assert records[0] == {"gold": ["B-per", "I-per", "O", "B-per"], "predicted": ["B-per", "I-per", "O", "O"]}
+
+
+TAGS = ["O", *(f"{prefix}-{kind}" for prefix in "BIES" for kind in ("per", "geo-loc"))]
+
+
+@pytest.mark.parametrize("prefixes", ["BI", "IE", "BIES", "I"])
+def test_spans_are_those_of_seqeval(prefixes):
+    rng = np.random.default_rng(0)
+    some = [tag for tag in TAGS if tag[0] in prefixes + "O"]
+    gold, predicted = ([[some[n] for n in rng.integers(len(some), size=m % 17)] for m in range(1, 300)] for _ in "gp")
+    for row in gold + predicted:
+        assert spans(row) == [(kind, first, last + 1) for kind, first, last in get_entities(row)], row
+    ours, theirs = scores(gold, predicted), classification_report(gold, predicted, output_dict=True, zero_division=0)
+    for ours_of, theirs_of in (("", "micro avg"), ("per", "per"), ("geo-loc", "geo-loc")):
+        expected = {key.replace("f1-score", "f1"): value for key, value in theirs[theirs_of].items()}
+        assert ours[ours_of] == pytest.approx(expected)
 
 
 def test_windows_are_pooled():

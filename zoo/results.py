@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from seqeval.metrics import classification_report as report_of_spans
 from sklearn.metrics import classification_report, confusion_matrix
 
 from zoo.tasks import Task
+from zoo.tasks.spans import scores
 
 MAX_DRAWN_CLASSES = 50  # of a confusion matrix: more cannot be read
 
@@ -27,7 +27,7 @@ def per_class(task: Task, labels: Sequence[str], records: Records) -> dict[str, 
     """Precision, recall, F1 and support of each class, or kind of span; None for a task without."""
     gold, predicted = ([record[side] for record in records] for side in ("gold", "predicted"))
     if task.name == "token-classification":
-        report = report_of_spans(gold, predicted, output_dict=True, zero_division=0)
+        report = {kind: values for kind, values in scores(gold, predicted).items() if kind}
     elif task.problem_type == "single_label_classification":
         report = classification_report(gold, predicted, labels=list(labels), output_dict=True, zero_division=0)
     elif task.problem_type == "multi_label_classification":

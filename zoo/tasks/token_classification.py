@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
 from zoo.labels import LABEL_KINDS
 from zoo.recipe import TASK_ROLES, TaskSection
 from zoo.tasks.base import Collate, Rows, Task, arrays, cut, padding
+from zoo.tasks.spans import scores
 
 IGNORED = -100
 
@@ -48,9 +48,9 @@ def _tags(prediction: EvalPrediction, labels: Sequence[str]) -> tuple[list[list[
 def _metrics(section: TaskSection, labels: Sequence[str]):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         gold, predicted = _tags(prediction, labels)
-        scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
-        spans = {name: float(score(gold, predicted, zero_division=0)) for name, score in scores.items()}
-        return {"accuracy": float(accuracy_score(gold, predicted)), **spans}
+        right = [one == other for row in zip(gold, predicted, strict=True) for one, other in zip(*row, strict=True)]
+        found = scores(gold, predicted)[""]
+        return {"accuracy": float(np.mean(right)), **{name: found[name] for name in ("precision", "recall", "f1")}}
 
     return metrics
 
