@@ -4,25 +4,36 @@ Reading is free but for private repositories; everything else wants the token. U
 for one file and one hour, because the client sends no token with them.
 """
 
-import base64
-import binascii
 import hashlib
 import hmac
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from huggingface_hub import ModelCard
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect
 
-from zoo.service.storage import MAIN, Commit, Refused, Repository, Storage, StoredFile, pointer
+from zoo.service.messages import (
+    decoded,
+    described,
+    entries,
+    error_answer,
+    field,
+    lines_of,
+    listed,
+    no_room,
+    parsed,
+    read_body,
+    read_json,
+    refusal,
+    revision_and_path,
+)
+from zoo.service.storage import MAIN, Refused, Repository, Storage
 
 LARGE_FROM_BYTES = 2**20  # as a large file, apart from the commit
 LARGE_ENDINGS = (
@@ -38,8 +49,6 @@ LARGE_ENDINGS = (
     ".npz",
     ".zip",
 )
-MAX_LINE_BYTES = 16 * 2**20  # of a commit's body
-MAX_BODY_BYTES = 128 * 2**20
 SIGNED_FOR_SECONDS = 3600
 
 
@@ -55,8 +64,8 @@ class _Routes:
     def __init__(self, app: FastAPI, storage: Storage, token: str, owner: str):
         self.storage, self.token, self.owner = storage, token, owner
         self.key = secrets.token_bytes(32)
-        app.add_exception_handler(Refused, _refusal)
-        app.add_exception_handler(OSError, _no_room)
+        app.add_exception_handler(Refused, refusal)
+        app.add_exception_handler(OSError, no_room)
         model = "/api/models/{namespace}/{name}"
         routes: list[tuple[str, str, Callable]] = [
             ("GET", "/api/whoami-v2", self.whoami),
@@ -123,7 +132,7 @@ class _Routes:
         }  # fmt: skip
 
     async def validate_yaml(self, request: Request) -> dict[str, Any]:
-        content = (await _json(request)).get("content", "")
+        content = (await read_json(request)).get("content", "")
         try:
             ModelCard(str(content), ignore_metadata_errors=False)
         except (ValueError, TypeError) as error:
@@ -132,7 +141,7 @@ class _Routes:
 
     async def create(self, request: Request) -> Response:
         self._may_write(request)
-        wanted = await _json(request)
+        wanted = await read_json(request)
         namespace, name = self._named(wanted)
         address = f"{str(request.base_url).rstrip('/')}/{namespace}/{name}"
         try:
@@ -146,7 +155,7 @@ class _Routes:
 
     async def delete(self, request: Request) -> dict[str, Any]:
         self._may_write(request)
-        namespace, name = self._named(await _json(request))
+        namespace, name = self._named(await read_json(request))
         self.storage.get("models", namespace, name).delete()
         return {}
 
@@ -159,7 +168,7 @@ class _Routes:
     def models(self, request: Request, search: str = "", author: str = "") -> list[dict[str, Any]]:
         known = self._has_token(request)
         return [
-            _described(repository, repository.resolve(MAIN))
+            described(repository, repository.resolve(MAIN))
             for repository in self.storage.list("models")
             if (known or not repository.settings["private"])
             and search.lower() in repository.id.lower()
@@ -167,7 +176,7 @@ class _Routes:
         ]
 
     async def settings(self, request: Request, namespace: str, name: str) -> dict[str, Any]:
-        repository, wanted = self._writable(request, namespace, name), await _json(request)
+        repository, wanted = self._writable(request, namespace, name), await read_json(request)
         private = wanted.get("private", wanted.get("visibility", "public") == "private")
         repository.change(private=bool(private))
         return {"private": bool(private)}
@@ -175,13 +184,13 @@ class _Routes:
     # Uploads
 
     async def preupload(self, request: Request, namespace: str, name: str, revision: str) -> dict[str, Any]:
-        repository, wanted = self._writable(request, namespace, name), await _json(request)
+        repository, wanted = self._writable(request, namespace, name), await read_json(request)
         there = repository.resolve(revision).files
         modes = []
-        for file in _listed(wanted, "files"):
-            path, sample = _field(file, "path", str), _decoded(_field(file, "sample", str))
+        for file in listed(wanted, "files"):
+            path, sample = field(file, "path", str), decoded(field(file, "sample", str))
             large = (
-                _field(file, "size", int) >= LARGE_FROM_BYTES or path.lower().endswith(LARGE_ENDINGS) or b"\0" in sample
+                field(file, "size", int) >= LARGE_FROM_BYTES or path.lower().endswith(LARGE_ENDINGS) or b"\0" in sample
             )
             entry = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
             # the client leaves out what has not changed
@@ -190,10 +199,10 @@ class _Routes:
 
     async def batch(self, request: Request, namespace: str, name: str) -> dict[str, Any]:
         self._writable(request, namespace, name)
-        wanted, base = await _json(request), str(request.base_url).rstrip("/")
+        wanted, base = await read_json(request), str(request.base_url).rstrip("/")
         objects = []
-        for entry in _listed(wanted, "objects"):
-            digest, size = _field(entry, "oid", str), _field(entry, "size", int)
+        for entry in listed(wanted, "objects"):
+            digest, size = field(entry, "oid", str), field(entry, "size", int)
             answer: dict[str, Any] = {"oid": digest, "size": size}
             if not self.storage.blob(digest).exists():
                 upload = {"href": f"{base}/upload/{digest}?{self._signed(digest, size)}"}
@@ -224,9 +233,9 @@ class _Routes:
 
     async def verify(self, request: Request) -> dict[str, Any]:
         self._may_write(request)
-        wanted = await _json(request)
-        stored = self.storage.blob(_field(wanted, "oid", str))
-        if not stored.exists() or stored.stat().st_size != _field(wanted, "size", int):
+        wanted = await read_json(request)
+        stored = self.storage.blob(field(wanted, "oid", str))
+        if not stored.exists() or stored.stat().st_size != field(wanted, "size", int):
             raise Refused(422, "its content has not arrived")
         return {}
 
@@ -234,17 +243,17 @@ class _Routes:
         repository = self._writable(request, namespace, name)
         header: dict[str, Any] = {}
         operations = []
-        async for line in _lines(request):
-            entry = _parsed(line)
-            key, value = _field(entry, "key", str), _field(entry, "value", dict)
+        async for line in lines_of(request):
+            entry = parsed(line)
+            key, value = field(entry, "key", str), field(entry, "value", dict)
             if key == "header":
                 header = value
                 continue
-            operation: dict[str, Any] = {"path": _field(value, "path", str)}
+            operation: dict[str, Any] = {"path": field(value, "path", str)}
             if key == "file":
-                operation["content"] = _decoded(_field(value, "content", str))
+                operation["content"] = decoded(field(value, "content", str))
             elif key == "lfsFile":
-                operation |= {"oid": _field(value, "oid", str), "size": _field(value, "size", int)}
+                operation |= {"oid": field(value, "oid", str), "size": field(value, "size", int)}
             operations.append((key, operation))
         made = repository.commit(
             revision, str(header.get("summary", "")), str(header.get("description", "")), self.owner,
@@ -257,7 +266,7 @@ class _Routes:
 
     def info(self, request: Request, namespace: str, name: str, revision: str = MAIN, blobs: bool = False) -> dict:
         repository = self._readable(request, namespace, name)
-        return _described(repository, repository.resolve(revision), blobs)
+        return described(repository, repository.resolve(revision), blobs)
 
     def refs(self, request: Request, namespace: str, name: str) -> dict[str, Any]:
         repository = self._readable(request, namespace, name)
@@ -282,33 +291,33 @@ class _Routes:
 
     def tree(self, request: Request, namespace: str, name: str, rest: str, recursive: bool = False) -> list[dict]:
         repository = self._readable(request, namespace, name)
-        revision, folder = _revision_and_path(request, "tree")
+        revision, folder = revision_and_path(request, "tree")
         commit = repository.resolve(revision)
         below = f"{folder}/" if folder else ""
         files = {path: file for path, file in commit.files.items() if path.startswith(below)}
         if folder and not files:
             raise Refused(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-        return _entries(files, below, recursive)
+        return entries(files, below, recursive)
 
     async def paths_info(self, request: Request, namespace: str, name: str, revision: str) -> list[dict]:
         repository = self._readable(request, namespace, name)
         files = repository.resolve(revision).files
-        body = await _body(request)
+        body = await read_body(request)
         if request.headers.get("content-type", "").startswith("application/json"):
-            paths = _parsed(body).get("paths", [])
+            paths = parsed(body).get("paths", [])
         else:
             paths = parse_qs(body.decode()).get("paths", [])
-        entries = {entry["path"]: entry for entry in _entries(files, "", recursive=True)}
-        return [entries[path] for path in paths if path in entries]
+        known = {entry["path"]: entry for entry in entries(files, "", recursive=True)}
+        return [known[path] for path in paths if path in known]
 
     def file(self, request: Request, namespace: str, name: str, rest: str) -> Response:
         repository = self._readable(request, namespace, name)
-        revision, path = _revision_and_path(request, "resolve")
+        revision, path = revision_and_path(request, "resolve")
         commit = repository.resolve(revision)
         headers = {"X-Repo-Commit": commit.id, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"}
         stored = commit.files.get(path)
         if stored is None:
-            return _error(404, f"{path} does not exist on {revision}", "EntryNotFound", headers)
+            return error_answer(404, f"{path} does not exist on {revision}", "EntryNotFound", headers)
         headers |= {"ETag": f'"{stored.etag}"'}
         if stored.lfs:
             headers |= {"X-Linked-ETag": f'"{stored.etag}"', "X-Linked-Size": str(stored.size)}
@@ -318,7 +327,7 @@ class _Routes:
     # Branches and tags
 
     async def make_branch(self, request: Request, namespace: str, name: str, branch: str) -> dict[str, Any]:
-        repository, wanted = self._writable(request, namespace, name), await _json(request)
+        repository, wanted = self._writable(request, namespace, name), await read_json(request)
         repository.point("heads", branch, str(wanted.get("startingPoint") or MAIN))
         return {}
 
@@ -327,136 +336,10 @@ class _Routes:
         return {}
 
     async def make_tag(self, request: Request, namespace: str, name: str, revision: str) -> dict[str, Any]:
-        repository, wanted = self._writable(request, namespace, name), await _json(request)
+        repository, wanted = self._writable(request, namespace, name), await read_json(request)
         repository.point("tags", str(wanted.get("tag", "")), revision)
         return {}
 
     def delete_tag(self, request: Request, namespace: str, name: str, tag: str) -> dict[str, Any]:
         self._writable(request, namespace, name).unpoint("tags", tag)
         return {}
-
-
-# Answers
-
-
-def _described(repository: Repository, commit: Commit, blobs: bool = False) -> dict[str, Any]:
-    settings = repository.settings
-    siblings = [
-        {"rfilename": path} | ({"size": file.size, "blobId": file.oid} | _lfs(file) if blobs else {})
-        for path, file in commit.files.items()
-    ]
-    return {
-        "_id": repository.id, "id": repository.id, "modelId": repository.id, "author": repository.id.split("/")[0],
-        "sha": commit.id, "private": settings["private"], "gated": False, "disabled": False, "tags": [], "downloads": 0,
-        "likes": 0, "createdAt": settings["created"], "lastModified": commit.date, "siblings": siblings,
-    }  # fmt: skip
-
-
-def _lfs(file: StoredFile) -> dict[str, Any]:
-    size = len(pointer(file.sha256, file.size))
-    return (
-        {"lfs": {"oid": file.sha256, "sha256": file.sha256, "size": file.size, "pointerSize": size}} if file.lfs else {}
-    )
-
-
-def _entries(files: dict[str, StoredFile], below: str, recursive: bool) -> list[dict[str, Any]]:
-    """Files and folders under a prefix, as the client's RepoFile and RepoFolder."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path, file in files.items():
-        parts = path.removeprefix(below).split("/")
-        for depth in range(1, len(parts)):
-            folder = below + "/".join(parts[:depth])
-            if recursive or depth == 1:
-                oid = hashlib.sha1(folder.encode(), usedforsecurity=False).hexdigest()
-                entries.setdefault(folder, {"type": "directory", "oid": oid, "size": 0, "path": folder})
-        if recursive or len(parts) == 1:
-            entries[path] = {"type": "file", "oid": file.oid, "size": file.size, "path": path, **_lfs(file)}
-    return list(entries.values())
-
-
-def _error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> Response:
-    said = {"X-Error-Message": quote(message, safe=" ,.:;'/()-_=")}
-    return JSONResponse(
-        {"error": message},
-        status_code=status,
-        headers=said | ({"X-Error-Code": code} if code else {}) | (headers or {}),
-    )
-
-
-async def _refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return _error(error.status, str(error), error.code)
-
-
-async def _no_room(request: Request, error: Exception) -> Response:
-    assert isinstance(error, OSError)
-    return _error(507, f"the server cannot write: {error.strerror}")
-
-
-# Requests
-
-
-def _revision_and_path(request: Request, word: str) -> tuple[str, str]:
-    """What follows `/resolve/` or `/tree/`: a quoted revision is one segment, whatever slashes it has inside."""
-    raw = request.scope["raw_path"].decode("ascii").partition("?")[0]
-    revision, _, path = raw.partition(f"/{word}/")[2].partition("/")
-    return unquote(revision), unquote(path)
-
-
-async def _body(request: Request) -> bytes:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_LINE_BYTES:
-            raise Refused(413, f"the request is longer than {MAX_LINE_BYTES} bytes")
-    return body
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    return _parsed(await _body(request) or b"{}")
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise Refused(400, f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Refused(400, "not a JSON object")
-    return value
-
-
-def _field(entry: Any, name: str, kind: type) -> Any:
-    value = entry.get(name) if isinstance(entry, dict) else None
-    if not isinstance(value, kind):
-        raise Refused(400, f"{name}: expected {kind.__name__}, got {value!r:.80}")
-    return value
-
-
-def _listed(entry: dict[str, Any], name: str) -> list:
-    return _field(entry, name, list)
-
-
-def _decoded(content: str) -> bytes:
-    try:
-        return base64.b64decode(content, validate=True)
-    except binascii.Error as error:
-        raise Refused(400, f"not base64: {error}") from error
-
-
-async def _lines(request: Request) -> AsyncIterator[bytes]:
-    """Non-empty lines of a body, as they come in."""
-    rest, total = b"", 0
-    try:
-        async for chunk in request.stream():
-            total += len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                if line.strip():
-                    yield line
-            if len(rest) > MAX_LINE_BYTES or total > MAX_BODY_BYTES:
-                raise Refused(413, "a commit's small files are too many; large ones go apart from it")
-    except ClientDisconnect as error:
-        raise Refused(400, "the client has gone") from error
-    if rest.strip():
-        yield rest

@@ -14,6 +14,8 @@ from zoo.recipe import TaskSection
 Rows = dict[str, list]  # of a batch, by column
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
+IGNORED = -100  # the label of a token that is not learned
+
 # columns of encoded rows that are counted before training, and never reach a batch
 COUNTED = ("truncated", "unknown", "tokens")
 

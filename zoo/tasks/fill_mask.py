@@ -10,9 +10,8 @@ from transformers import DataCollatorForTokenClassification, EvalPrediction, Pre
 
 from zoo.errors import UserError
 from zoo.recipe import DEFAULT_MLM_PROBABILITY, TASK_ROLES, TaskSection
-from zoo.tasks.base import Collate, Rows, Task, arrays, cut, padding
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, cut, padding
 
-IGNORED = -100
 # of the chosen tokens: hidden, replaced by any other, and the rest left as they are
 HIDDEN, REPLACED = 0.8, 0.1
 

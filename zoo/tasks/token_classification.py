@@ -8,10 +8,8 @@ from transformers import DataCollatorForTokenClassification, EvalPrediction, Pre
 
 from zoo.labels import LABEL_KINDS
 from zoo.recipe import TASK_ROLES, TaskSection
-from zoo.tasks.base import Collate, Rows, Task, arrays, cut, padding
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, cut, padding
 from zoo.tasks.spans import scores
-
-IGNORED = -100
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
