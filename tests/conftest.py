@@ -12,7 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,3 +70,49 @@ def tiny_bert(tmp_path_factory) -> Path:
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator:
+    """A hub of its own, in a process of its own."""
+    from tests.hub_server import start
+
+    started = start(tmp_path_factory.mktemp("hub") / "hub")
+    yield started
+    started.process.terminate()
+    started.process.wait(20)
+
+
+@pytest.fixture
+def online(server, monkeypatch, tmp_path) -> None:
+    """The client in this process may ask the server, and only it, and has an empty cache."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import TOKEN
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch) -> None:
+    """The client asks a hub that fails five times again, and waits half a minute."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture(scope="session")
+def topics_run(tiny_bert, tmp_path_factory) -> Path:
+    """What zoo train leaves of three steps on R8."""
+    from tests.test_runs import RUNS, files, recipe, write_jsonl
+    from zoo.train import run
+
+    folder = tmp_path_factory.mktemp("topics")
+    for split, count in (("train", 48), ("test", 24)):
+        write_jsonl(folder / f"topics-{split}.jsonl", [{"text": x, "label": y} for x, y in read_r8(split, count)])
+    run(recipe(tiny_bert, RUNS["one label"][0], files(folder, "topics"), max_steps=3), folder / "run")
+    return folder / "run"

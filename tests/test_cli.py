@@ -1,7 +1,6 @@
 """The command line as a person meets it: exit statuses, words instead of tracebacks, one JSON object, a fast start."""
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -14,34 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.commands import zoo
 from zoo.recipe_loading import load_recipe, shipped_recipes
 
 REPO = Path(__file__).parents[1]
-SERVER = multiprocessing.get_context("forkserver")
-# a command of the server's has the libraries from the start; what it does is that of `python cli.py`
-SERVER.set_forkserver_preload(["cli", "zoo.train", "zoo.evaluation", "zoo.bench"])
-
-
-def _command(arguments: tuple[str, ...], cwd: Path, streams: tuple[Path, Path]) -> None:
-    os.chdir(cwd)
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["zoo", *arguments]
-    import cli
-
-    cli.app()
-
-
-def zoo(*arguments: str, cwd: Path) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of a command. A traceback is never an answer."""
-    streams = cwd / ".stdout", cwd / ".stderr"
-    process = SERVER.Process(target=_command, args=(arguments, cwd, streams))
-    process.start()
-    process.join(240)
-    out, err = (stream.read_text() for stream in streams)
-    assert "Traceback" not in out + err, out + err
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode, out, " ".join(err.split())
 
 
 def plain(*arguments: str, cwd: Path = REPO) -> subprocess.CompletedProcess:
@@ -93,7 +68,7 @@ train:
         (
             ["train", "tiny.yaml", "data.path=no/such-data", "data.files={}"],
             2,
-            "zoo: data no/such-data: cannot be read",
+            "zoo: data no/such-data: not in the cache, and HF_HUB_OFFLINE is set",
         ),
         (["train", "tiny.yaml", "data.columns.label=topic"], 2, "no column 'topic'; it has text, label"),
         (["train", "tiny.yaml", "model.attention=loca"], 2, "'loca'"),

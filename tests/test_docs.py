@@ -13,6 +13,7 @@ import pytest
 import typer.main
 
 import cli
+from tests.commands import zoo
 from tests.conftest import read_r8, write_csv
 
 REPO = Path(__file__).parents[1]
@@ -58,29 +59,25 @@ def test_commands_parse(command):
 def place(tmp_path_factory) -> Path:
     """A folder in which the commands can run: a finished run of the real recipe in small, and files they name."""
     folder = tmp_path_factory.mktemp("docs")
-    zoo(folder, "zoo train bert/finetune-topics --smoke --output-dir runs/bert-finetune-topics")
+    run(folder, "zoo train bert/finetune-topics --smoke --output-dir runs/bert-finetune-topics")
     write_csv(folder / "new.csv", read_r8("test", 12), ("body", "topic"))
     texts = [{"text": text} for text, _ in read_r8("test", 3)]
     (folder / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    zoo(folder, "zoo cp bert/finetune-topics my-topics.yaml")
+    run(folder, "zoo cp bert/finetune-topics my-topics.yaml")
     return folder
 
 
-def zoo(folder: Path, command: str) -> str:
+def run(folder: Path, command: str) -> str:
     words = shlex.split(command)
     assert words[0] == "zoo"
     # a training of some hours is tried in small
     small = ["--smoke"] if words[1] == "train" and "--smoke" not in words else []
     if words[1] == "train" and "--resume" in words:
         words += ["--output-dir", "runs/bert-finetune-topics"]
-    environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(REPO / "cli.py"), *words[1:], *small], cwd=folder, env=environment, capture_output=True,
-        text=True,
-    )  # fmt: skip
+    status, out, err = zoo(*words[1:], *small, cwd=folder)
     # doctor finds that no hub is there
-    assert done.returncode == 0 or words[1] == "doctor", done.stdout + done.stderr
-    return done.stdout
+    assert status == 0 or words[1] == "doctor", out + err
+    return out
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith(NOT_RUN)])
@@ -90,7 +87,7 @@ def test_commands_run(place, command):
         shutil.rmtree(place / output, ignore_errors=True)
     if "cp " in line:
         (place / line.split()[-1]).unlink(missing_ok=True)
-    said = zoo(place, line)
+    said = run(place, line)
     assert said.strip()
     if target:
         (place / target).write_text(said)

@@ -125,7 +125,7 @@ def test_pickled_weights(copy, implementation):
         assert_same_weights(model, copy)
 
 
-def test_pickled_code_is_not_run(copy):
+def test_pickled_code_is_not_run(copy, tiny_bert):
     class Code:
         def __reduce__(self):
             return exec, ("raise SystemExit('was run')",)
@@ -134,6 +134,10 @@ def test_pickled_code_is_not_run(copy):
     torch.save({"embeddings.word_embeddings.weight": Code()}, copy / "pytorch_model.bin")
     for implementation in ("native", "official"):
         assert "its weights cannot be read" in refused(copy, implementation=implementation)
+    # beside safetensors it is not even opened
+    shutil.copyfile(tiny_bert / "model.safetensors", copy / "model.safetensors")
+    for implementation in ("native", "official"):
+        assert load(copy, implementation=implementation) is not None
 
 
 def test_config_overrides(tiny_bert):

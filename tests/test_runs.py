@@ -322,6 +322,10 @@ def test_licences_as_recipe_and_sources_state_them(tiny_bert, data, tmp_path):
     run(stated.model_copy(update={"hub": hub}), tmp_path / "b")
     card = ModelCard.load(tmp_path / "b" / "README.md")
     assert card.data.license == "apache-2.0" and "Data: cc-by-4.0." in card.text
+    rows = shutil.copytree(data, tmp_path / "rows")
+    (rows / "README.md").write_text("---\nlicense: [odbl, mit]\n---\n# Rows\n")
+    run(recipe(tiny_bert, RUNS["one label"][0], files(rows, "topics"), max_steps=3), tmp_path / "c")
+    assert "Model: unknown. Data: odbl, mit." in ModelCard.load(tmp_path / "c" / "README.md").text
 
 
 # Masked language modelling: what is hidden does not depend on when a run was stopped

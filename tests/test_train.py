@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -141,7 +142,7 @@ def test_evaluate_other_data(finished, r8, tmp_path):
     columns = "data.columns={text: body, label: topic}"
     again = zoo.evaluation.run(finished, "validation", [columns], str(tmp_path / "new.csv"))
     assert again["validation_loss"] == pytest.approx(metrics["test_loss"], abs=1e-6)
-    with pytest.raises(UserError, match="no/such-data: cannot be read"):
+    with pytest.raises(UserError, match="no/such-data: not in the cache"):
         zoo.evaluation.run(finished, data="no/such-data")
 
 
@@ -338,26 +339,6 @@ def test_older_checkpoints_go_only_when_the_new_one_is_complete(recipe, tmp_path
     assert seen == [(1, 1), (2, 2), (3, 2), (3, 2)]
 
 
-def test_a_disk_that_is_full(recipe, tmp_path):
-    """A limit on the size of files stands for it: the checkpoint is not complete, and the error says where."""
-    process = SERVER.Process(target=_run_with_small_files, args=(recipe, tmp_path / "run", tmp_path / "said"))
-    process.start()
-    process.join(60)
-    said = (tmp_path / "said").read_text()
-    assert "checkpoint-4: cannot be written: " in said and "continue with --resume" in said
-    assert newest_complete(tmp_path / "run" / "checkpoints") is None
-
-
-def _run_with_small_files(recipe: Recipe, directory: Path, answer: Path) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    try:
-        run(recipe, directory)
-    except RunError as error:
-        answer.write_text(str(error))
-
-
 # Losses that are not numbers
 
 
@@ -420,6 +401,28 @@ def test_a_checkpoint_that_finds_no_room(recipe, finished, tmp_path, largest, fi
     assert newest_complete(tmp_path / "run" / "checkpoints") is None
     metrics = run(recipe, tmp_path / "run", resume=True)
     assert without_time(metrics) == without_time(json.loads((finished / "metrics.json").read_text()))
+
+
+def _cached_in_small_files(recipe: Recipe, directory: Path, warm: bool, answer) -> None:
+    datasets.config.HF_DATASETS_CACHE = directory / "cache"
+    if warm:
+        load_splits(recipe.data, task_of(recipe.task).roles, 7, kind=task_of(recipe.task).labels)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    try:
+        run(recipe, directory / "run")
+    except RunError as error:
+        answer.put(str(error))
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["rows", "tokenised rows"])
+def test_a_cache_that_finds_no_room(recipe, tmp_path, warm):
+    answer = SERVER.Queue()
+    process = SERVER.Process(target=_cached_in_small_files, args=(recipe, tmp_path, warm, answer))
+    process.start()
+    said = answer.get(timeout=120)
+    process.join()
+    assert said == f"{tmp_path / 'cache'}: cannot be written: File too large; make room, or set HF_HOME"
+    assert not (tmp_path / "run" / "recipe.yaml").exists(), "the directory stays free"
 
 
 # The directory is somebody's

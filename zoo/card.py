@@ -6,7 +6,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from zoo.recipe import Recipe
@@ -38,7 +38,8 @@ def card(
         for name, value in metrics.items()
         if name.startswith(prefix) and not name.endswith(_NOT_RESULTS)
     }
-    licence = recipe.hub.license or _licence(model_source) or "unknown"
+    licence = recipe.hub.license or _licence(model_source, ModelCard) or _licence_of_package(model_source) or "unknown"
+    data_licence = recipe.hub.data_license or _licence(data_source, DatasetCard)
     data_name = _shown(recipe.data.path, data_source)
     data_card = ModelCardData(
         library_name="transformers",
@@ -84,7 +85,7 @@ def card(
             ],
         ),
         "## Licences",
-        f"Model: {licence}. Data: {recipe.hub.data_license or 'unknown; its publisher knows what may be shared'}.",
+        f"Model: {licence}. Data: {data_licence or 'unknown; its publisher knows what may be shared'}.",
     ]
     return f"---\n{data_card.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -128,24 +129,29 @@ def _hash(source: Source) -> str:
     return f" (sha256 {source.fingerprint})" if source.fingerprint else ""
 
 
-def _licence(source: Source) -> str | None:
-    """As a checkpoint's own card, or the package it came in, states it."""
-    if source.kind == "hub":
-        try:
-            stated = ModelCard.load(str(source.location)).data.license
-        except (EntryNotFoundError, HfHubHTTPError, OSError):
-            # not there, or not reachable: a card is no reason to fail
+def _licence(source: Source, cards: type[RepoCard]) -> str | None:
+    """As the card of a model or of data states it."""
+    location = source.location
+    if source.kind != "hub":
+        location = Path(location) / "README.md"
+        if not location.is_file():
             return None
-        return str(stated) if stated else None
-    location = Path(source.location)
-    if source.kind == "pypi":
-        files = next(parent for parent in location.parents if parent.name == "files")
-        for metadata in files.glob("*.dist-info/METADATA"):
-            fields = HeaderParser().parsestr(metadata.read_text(encoding="utf-8", errors="replace"))
-            stated = fields.get("License-Expression") or fields.get("License")
-            if stated and re.fullmatch(r"[\w.+-]{2,40}", stated):
-                return stated.lower()
+    try:
+        stated = cards.load(location).data.get("license")
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        # not there, not reachable or not a card: no reason to fail
         return None
-    readme = location / "README.md"
-    stated = ModelCard.load(readme).data.license if readme.is_file() else None
-    return str(stated) if stated else None
+    return ", ".join(stated) if isinstance(stated, list) else stated
+
+
+def _licence_of_package(source: Source) -> str | None:
+    """As the package that a model came in states it."""
+    if source.kind != "pypi":
+        return None
+    files = next(parent for parent in Path(source.location).parents if parent.name == "files")
+    for metadata in files.glob("*.dist-info/METADATA"):
+        fields = HeaderParser().parsestr(metadata.read_text(encoding="utf-8", errors="replace"))
+        stated = fields.get("License-Expression") or fields.get("License")
+        if stated and re.fullmatch(r"[\w.+-]{2,40}", stated):
+            return stated.lower()
+    return None

@@ -1,17 +1,21 @@
 """Rows of a recipe's data, split, checked and named by role: text, text_pair, label, tokens, tags."""
 
+import errno
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx2
 import torch
 from datasets import Dataset, DatasetDict, LargeList, List
 
 from zoo.conll import read_conll
-from zoo.errors import UserError, did_you_mean
+from zoo.errors import RunError, UserError, did_you_mean
+from zoo.hub_errors import dataset_failure
 from zoo.labels import NOTHING, LabelKind
 from zoo.recipe import DataSection
 from zoo.sources import Source, resolve
@@ -19,6 +23,7 @@ from zoo.sources import Source, resolve
 # file ending -> the datasets library's name for its reader; recipes may name any other reader
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _BUILDERS |= {".txt": "text", ".conll": "conll"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAB_SEPARATED = {".tsv", ".tab"}
 
 
@@ -36,6 +41,22 @@ class Splits:
     notes: list[str]
 
 
+@contextmanager
+def room_in_cache() -> Iterator[None]:
+    """Words for a cache of the datasets library that is full."""
+    try:
+        yield
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+                where = datasets.config.HF_DATASETS_CACHE
+                raise RunError(f"{where}: cannot be written: {cause.strerror}; make room, or set HF_HOME") from error
+            cause = cause.__cause__
+        raise
+
+
+@room_in_cache()
 def load_splits(
     section: DataSection,
     roles: Sequence[str],
@@ -80,11 +101,16 @@ def _read(section: DataSection) -> DatasetDict:
     if arguments["path"] == "conll":
         return read_conll(section, arguments.get("data_files"))
     try:
-        loaded = datasets.load_dataset(**arguments)
-    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        with room_in_cache():
+            loaded = datasets.load_dataset(**arguments)
+    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError, httpx2.HTTPError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()
-        raise UserError(f"{reading}: cannot be read: {cause[0] if cause else type(error).__name__}; check data.format, "
-                        "data.options and the file itself") from error  # fmt: skip
+        of_the_hub = None
+        if source.kind == "hub":
+            of_the_hub = dataset_failure(reading, str(source.location), source.revision, "try again")
+        why = cause[0] if cause else type(error).__name__
+        words = f"{reading}: cannot be read: {why}; check data.format, data.options and the file itself"
+        raise of_the_hub or UserError(words) from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 

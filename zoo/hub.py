@@ -9,15 +9,17 @@ from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from zoo.errors import RunError, UserError
+from zoo.hub_errors import hub_failure
 from zoo.model_directory import check_finished
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # of a pickle nobody knows what it does when it is opened
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_AGAIN = "nothing is committed, push again"
 
 
 def check(repo: str) -> str:
@@ -104,18 +106,10 @@ def _name(directory: Path) -> str:
 
 @contextmanager
 def _words(api: HfApi, repo: str) -> Iterator[None]:
-    """What a hub answers, in words. The token is in none of them."""
     try:
         yield
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(f"{repo}: {api.endpoint} does not know it, or the token may not see it") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        said = error.response.headers.get("X-Error-Message") or f"status {status}"
-        if status in (401, 403):
-            raise UserError(f"{repo}: {api.endpoint} does not accept the token: {said}; set HF_TOKEN") from error
-        raise RunError(f"{repo}: {api.endpoint} failed: {said}; nothing is committed, push again") from error
     except (httpx2.HTTPError, OSError, RuntimeError) as error:
         # the client wraps what happens to a large file in a RuntimeError
         reason = f"{type(error).__name__}: {error}"
-        raise RunError(f"{repo}: cannot reach {api.endpoint}: {reason}; nothing is committed, push again") from error
+        unknown = RunError(f"{repo}: cannot reach {api.endpoint}: {reason}; {_AGAIN}")
+        raise hub_failure(repo, error, _AGAIN) or unknown from error

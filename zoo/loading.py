@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -14,16 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import cached_file
 
 from zoo.errors import RunError, UserError, did_you_mean
+from zoo.hub_errors import hub_failure
 from zoo.recipe import ModelSection
 from zoo.sources import resolve
 
 # what from_pretrained raises for files that are missing, damaged or of the wrong shape
 _LOAD_ERRORS = (
     *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
-    *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
+    *(SafetensorError, StrictDataclassError, pickle.UnpicklingError, httpx2.HTTPError),
 )
+_AGAIN = "try again: what has arrived is kept"
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -33,7 +37,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             source.location, revision=source.revision or "main", trust_remote_code=section.trust_remote_code
         )
     except _LOAD_ERRORS as error:
-        raise UserError(f"model {section.path}: its tokenizer cannot be read: {_first_line(error)}") from error
+        raise _unreadable(section.path, "its tokenizer cannot be read", error) from error
 
 
 def load_model(
@@ -50,7 +54,7 @@ def load_model(
     try:
         fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
     except _LOAD_ERRORS as error:
-        raise UserError(f"model {section.path}: no readable config.json: {_first_line(error)}") from error
+        raise _unreadable(section.path, "no readable config.json", error) from error
     if not fields.get("model_type"):
         raise UserError(f"model {section.path}: no readable config.json: it is missing, or names no model_type")
     changes = dict(section.config)
@@ -78,9 +82,15 @@ def load_model(
     model = _open(section.path, model_class, location, arguments)
     if section.implementation == "native":
         model.set_ragged(section.ragged)  # type: ignore[operator]
-    if source.kind != "hub":
-        assert_same_weights(model, Path(location))
+    assert_same_weights(model, _directory(location, revision) if source.kind == "hub" else Path(location))
     return model
+
+
+def _directory(repo: Path | str, revision: str) -> Path:
+    """Where the files of a hub's model are that has just been opened."""
+    config = cached_file(repo, "config.json", revision=revision, local_files_only=True)
+    assert config is not None
+    return Path(config).parent
 
 
 def _native_class(path: str, model_type: str | None, auto_class: str) -> type[PreTrainedModel]:
@@ -125,7 +135,7 @@ def _open(path: str, model_class, location, arguments: dict[str, Any]) -> PreTra
     except _LOAD_ERRORS as error:
         if "attn_implementation" in arguments and isinstance(error, ImportError | ValueError):
             raise UserError(f"model.attn_implementation: {_message(error)}") from error
-        raise UserError(
+        raise hub_failure(f"model {path}", error, _AGAIN) or UserError(
             f"model {path}: its weights cannot be read: {_message(error)}; fetch or copy the checkpoint again"
         ) from error
     wrong = {
@@ -232,6 +242,10 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _read_pickled(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from torch.load(file, map_location="cpu", weights_only=True).items()
+
+
+def _unreadable(path: str, what: str, error: BaseException) -> Exception:
+    return hub_failure(f"model {path}", error, _AGAIN) or UserError(f"model {path}: {what}: {_first_line(error)}")
 
 
 def _message(error: BaseException) -> str:

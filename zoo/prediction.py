@@ -12,10 +12,9 @@ from tqdm import tqdm
 from transformers import Pipeline, TextClassificationPipeline, pipeline
 
 from zoo.data import read_rows
-from zoo.errors import UserError
+from zoo.errors import RunError, UserError
 from zoo.model_directory import Finished, open_finished
 from zoo.tasks.text_classification import threshold
-from zoo.trainer import writing
 
 SHOW_BAR_AFTER_SECONDS = 2
 TOP_WORDS = 5  # for a masked token
@@ -44,13 +43,21 @@ def run(directory: Path, texts: Sequence[str] = (), file: Path | None = None) ->
 def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
     """Answers as JSON lines, in place only when all are there; returns how many."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        stream = temporary.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror}") from error
     count = 0
     try:
-        with writing(output), temporary.open("w", encoding="utf-8") as stream:
+        with stream:
             for answer in answers:
                 stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += 1
         os.replace(temporary, output)
+    except OSError as error:
+        raise RunError(
+            f"--output {output}: cannot be written: {error.strerror}; make room, and predict again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return count

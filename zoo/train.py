@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set
 
 from zoo import hub
 from zoo.card import card
-from zoo.data import Splits, WithDraws, load_splits
+from zoo.data import Splits, WithDraws, load_splits, room_in_cache
 from zoo.environment import environment
 from zoo.errors import UserError, did_you_mean
 from zoo.files import as_json, write_text
@@ -220,6 +220,7 @@ def _check_choice(arguments: TrainingArguments, recipe: Recipe, task: Task) -> N
         raise UserError(f"train.metric_for_best_model: {task.name} does not measure {metric!r}{near}")
 
 
+@room_in_cache()
 def encoded(rows: Dataset, recipe: Recipe, task: Task, tokenizer, seed: int) -> tuple[Any, str]:
     """The rows as the model reads them, with their numbers in the data; and what was counted, in words."""
     encode = task.encode(tokenizer, recipe.task)
