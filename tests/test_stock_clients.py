@@ -64,3 +64,32 @@ def test_sentence_transformers_trains_our_class(minilm, tmp_path):
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     official = load_file(minilm / "model.safetensors")
     assert saved.keys() == official.keys() - {"embeddings.position_ids"}
+
+
+def test_setfit_learns_from_a_few_texts(minilm, tmp_path):
+    """With our class inside a SetFit model: what it learns is what it learns with the official one."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel, Trainer, TrainingArguments
+
+    from zoo.models import ZooBertModel
+
+    rows = read_r8("train", 24)
+    few = Dataset.from_dict({"text": [text[:200] for text, _ in rows], "label": [label for _, label in rows]})
+    # without dropout both draw the same pairs, and nothing else
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    found = []
+    for ours in (False, True):
+        model = SetFitModel.from_pretrained(str(minilm), labels=["acq", "earn", "crude"])
+        model.model_body = SentenceTransformer(str(minilm), device="cpu", config_kwargs=calm)
+        if ours:
+            model.model_body[0].model = ZooBertModel.from_pretrained(minilm, **calm)
+        before = model.model_body.encode(TEXTS)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(ours)), max_steps=4, batch_size=4, warmup_proportion=0.0,
+            body_learning_rate=1e-4, report_to="none", save_strategy="no", seed=3,
+        )  # fmt: skip
+        Trainer(model=model, args=arguments, train_dataset=few).train()
+        assert np.abs(model.model_body.encode(TEXTS) - before).max() > 1e-2, "it has learned"
+        found.append(model.predict_proba(TEXTS, as_numpy=True))
+    assert found[0].shape == (24, 3) and np.abs(found[0] - found[1]).max() < 1e-4
