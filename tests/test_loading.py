@@ -220,13 +220,12 @@ def test_a_missing_tensor_of_t5(tmp_path):
 
 
 def test_families_and_heads(tiny_bert, copy):
-    edit_config(copy, model_type="roberta", architectures=["RobertaModel"])
-    assert "no native class for the type 'roberta', only for bert, gpt2, t5; use implementation: official" in refused(
-        copy
-    )
+    edit_config(copy, model_type="electra", architectures=["ElectraModel"])
+    families = "only for bert, roberta, albert, distilbert, gpt2, t5, vit; use implementation: official"
+    assert f"no native class for the type 'electra', {families}" in refused(copy)
     edit_config(copy, model_type=None)
     assert "no readable config.json: it is missing, or names no model_type" in refused(copy)
-    assert "the native bert has no AutoModelForCausalLM" in refused(tiny_bert, "AutoModelForCausalLM")
+    assert "the native bert has no AutoModelForSeq2SeqLM" in refused(tiny_bert, "AutoModelForSeq2SeqLM")
     assert "no such file or directory" in refused(tiny_bert / "nowhere" / "model.bin")
 
 

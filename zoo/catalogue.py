@@ -5,6 +5,7 @@ Read from the project's own source as text: nothing that imports torch is import
 
 import ast
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,7 @@ def models() -> Iterator[dict[str, Any]]:
     assert isinstance(families, ast.Dict)
     for name in map(ast.literal_eval, filter(None, families.keys)):
         tree = _parsed(_MODELS / f"modeling_{name}.py")
-        classes = {
-            auto: path.rpartition(".")[2] for auto, path in ast.literal_eval(_assigned(tree, "auto_map")).items()
-        }
+        classes = {auto: path.rpartition(".")[2] for auto, path in _auto_map(tree).items()}
         yield {"name": name, "summary": _summary(tree), "model_type": f"zoo_{name}", "classes": classes}
 
 
@@ -83,6 +82,15 @@ def copy_recipe(name: str, target: Path, overwrite: bool = False) -> Path:
     except OSError as error:
         raise UserError(f"cp: {file} cannot be written: {error.strerror}") from error
     return file
+
+
+def _auto_map(tree: ast.Module) -> dict[str, str]:
+    """Of a family's module, or of a part of it that it imports."""
+    parts = [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    for found in (tree, *(_parsed(_MODELS / f"{part}.py") for part in parts)):
+        with suppress(KeyError):
+            return ast.literal_eval(_assigned(found, "auto_map"))
+    raise KeyError("auto_map")
 
 
 def _parsed(file: Path) -> ast.Module:

@@ -31,6 +31,8 @@ from zoo.tasks.text_classification import pooled, weighted_loss
 from zoo.trainer import EventLog, ZooTrainer, newest_complete
 
 LOCK = ".lock"
+# families whose first token stands behind the position of padding
+COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
 
 def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:
@@ -280,5 +282,7 @@ def build_trainer(
 def check_length(recipe: Recipe, model) -> None:
     """Raises UserError where texts may be longer than the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and str(model.config.model_type).removeprefix("zoo_") in COUNTS_FROM_PADDING:
+        positions -= model.config.pad_token_id + 1
     if positions is not None and recipe.task.max_length > positions:
         raise UserError(f"task.max_length: {recipe.task.max_length}, but the model has {positions} positions")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, GPT2Config, T5Config
+from transformers import AlbertConfig, BertConfig, DistilBertConfig, GPT2Config, RobertaConfig, T5Config, ViTConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from zoo.models.blocks import Block, BlockSpec
@@ -90,6 +90,19 @@ def bert(layers, width):
     )  # fmt: skip
 
 
+def roberta(layers, width):
+    return RobertaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=4 * width,
+        max_position_embeddings=514, type_vocab_size=1,
+    )  # fmt: skip
+
+
+def albert(layers, width, heads):
+    return AlbertConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width
+    )
+
+
 def gpt2(layers, width, heads):
     return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
 
@@ -98,8 +111,15 @@ def t5(layers, d_model, d_ff, heads, **kwargs):
     return T5Config(d_model=d_model, d_ff=d_ff, num_layers=layers, num_heads=heads, **kwargs)
 
 
-LM, T5LM = "GPT2LMHeadModel", "T5ForConditionalGeneration"
+LM, T5LM, VIT = "GPT2LMHeadModel", "T5ForConditionalGeneration", "ViTForImageClassification"
 V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+def vit(width, heads, layers=12, patch=16, image=224):
+    return ViTConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+        patch_size=patch, image_size=image, num_labels=1000,
+    )  # fmt: skip
 
 
 SIZES = {
@@ -113,6 +133,17 @@ SIZES = {
     "bert-base pretraining": ("bert", "BertForPreTraining", bert(12, 768), 110_106_428),
     "bert-large": ("bert", "BertModel", bert(24, 1024), 335_141_888),
     "bert-large pretraining": ("bert", "BertForPreTraining", bert(24, 1024), 336_226_108),
+    # Liu et al. 2019, section 3.1, 5.1: 125, 355 M
+    "roberta-base": ("roberta", "RobertaModel", roberta(12, 768), 124_645_632),
+    "roberta-base mlm": ("roberta", "RobertaForMaskedLM", roberta(12, 768), 124_697_433),
+    "roberta-large": ("roberta", "RobertaModel", roberta(24, 1024), 355_359_744),
+    "roberta-large mlm": ("roberta", "RobertaForMaskedLM", roberta(24, 1024), 355_412_057),
+    # Lan et al. 2019, table 1: 12, 18 M
+    "albert-base": ("albert", "AlbertModel", albert(12, 768, 12), 11_683_584),
+    "albert-large": ("albert", "AlbertModel", albert(24, 1024, 16), 17_683_968),
+    # Sanh et al. 2019, table 3: 66 M
+    "distilbert": ("distilbert", "DistilBertModel", DistilBertConfig(), 66_362_880),
+    "distilbert mlm": ("distilbert", "DistilBertForMaskedLM", DistilBertConfig(), 66_985_530),
     # Radford et al. 2019, table 2, corrected in the release: 124, 355, 774, 1558 M
     "gpt2": ("gpt2", LM, gpt2(12, 768, 12), 124_439_808),
     "gpt2-medium": ("gpt2", LM, gpt2(24, 1024, 16), 354_823_168),
@@ -126,6 +157,13 @@ SIZES = {
     "t5-11b": ("t5", T5LM, t5(24, 1024, 65536, 128, d_kv=128), 11_307_321_344),
     "t5-v1.1-small": ("t5", T5LM, t5(8, 512, 1024, 6, **V11), 76_961_152),
     "t5-v1.1-base": ("t5", T5LM, t5(12, 768, 2048, 12, **V11), 247_577_856),
+    # Touvron et al. 2020 (arXiv 2012.12877), table 1: 5, 22, 86 M; Dosovitskiy et al. 2020, table 1: 86, 307 M
+    "vit-ti/16": ("vit", VIT, vit(192, 3), 5_717_416),
+    "vit-s/16": ("vit", VIT, vit(384, 6), 22_050_664),
+    "vit-b/16": ("vit", VIT, vit(768, 12), 86_567_656),
+    "vit-b/32": ("vit", VIT, vit(768, 12, patch=32), 88_224_232),
+    "vit-l/16": ("vit", VIT, vit(1024, 16, layers=24), 304_326_632),
+    "vit-b/16 at 384": ("vit", VIT, vit(768, 12, image=384), 86_859_496),
     "t5-v1.1-large": ("t5", T5LM, t5(24, 1024, 2816, 16, **V11), 783_150_080),
 }
 
@@ -148,6 +186,7 @@ def test_published_sizes(name):
 # ln V + 0.30 for BERT and GPT-2; T5 v1.0 starts at 11.02: shared/design/reference-values.md, "Objectives"
 FIRST_LOSSES = {
     "bert": ("BertForMaskedLM", bert(2, 768), 30_522, 0.30),
+    "roberta": ("RobertaForMaskedLM", roberta(2, 768), 50_265, 0.30),
     "gpt2": ("GPT2LMHeadModel", gpt2(2, 768, 12), 50_257, 0.30),
     "t5": ("T5ForConditionalGeneration", t5(6, 512, 2048, 8, decoder_start_token_id=0), 32_128, 0.70),
 }
@@ -165,7 +204,7 @@ def test_first_loss_is_near_that_of_guessing(family):
     ids = torch.randint(vocab, (2, 32))
     labels = ids if family == "gpt2" else torch.randint(vocab, (2, 32))
     inputs = {"input_ids": ids, "labels": labels}
-    if family == "bert":
+    if family in ("bert", "roberta"):
         # buffers of the official class, which has none on meta
         inputs |= {"position_ids": torch.arange(32)[None], "token_type_ids": torch.zeros_like(ids)}
     with torch.no_grad():

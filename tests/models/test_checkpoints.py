@@ -12,14 +12,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    pipeline,
-)
+from transformers.core_model_loading import revert_weight_conversion
+
+from zoo.models import FAMILIES
 
 from .test_parity import assert_close
 from .tiny import HEADS, SKELETON, VOCAB, config_for, make_inputs, make_pair, native_class, randomise
@@ -69,7 +64,7 @@ def test_gamma_and_beta_of_tensorflow_times(tmp_path):
 @heads
 def test_pickled_weights(family, official, tmp_path):
     model, _ = make_pair(family, official, tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "pytorch_model.bin")
     (tmp_path / WEIGHTS).unlink()
     native, info = load(family, official, tmp_path)
     assert_complete(info)
@@ -117,7 +112,7 @@ def test_fresh_heads_get_the_initial_values_of_the_official_class(family, offici
     model = getattr(transformers, official)(config)
     native = native_class(family, official)(native_class(family, official).config_class.from_dict(config.to_dict()))
     native.save_pretrained(tmp_path)
-    ours, theirs = load_file(tmp_path / WEIGHTS), model.state_dict()
+    ours, theirs = load_file(tmp_path / WEIGHTS), revert_weight_conversion(model, model.state_dict())
     for name, value in ours.items():
         n = value.numel()
         if n == 1 or theirs[name].std() == 0:
@@ -235,11 +230,12 @@ def test_t5_with_a_head_of_its_own(tmp_path):
     assert_same_outputs(native, type(model).from_pretrained(tmp_path / "True").eval(), inputs)
 
 
-AUTOS = {"BertModel": AutoModel, "BertForMaskedLM": AutoModelForMaskedLM, "GPT2Model": AutoModel,
-         "GPT2LMHeadModel": AutoModelForCausalLM, "T5ForConditionalGeneration": AutoModelForSeq2SeqLM,
-         **{f"BertFor{x}": getattr(transformers, f"AutoModelFor{x}") for x in (
-             "PreTraining", "NextSentencePrediction", "SequenceClassification", "MultipleChoice",
-             "TokenClassification", "QuestionAnswering")}}  # fmt: skip
+AUTOS = {
+    path.rpartition(".")[2].removeprefix("Zoo"): getattr(transformers, auto)
+    for _, base, _ in FAMILIES.values()
+    for auto, path in base.auto_map.items()
+    if auto != "AutoConfig"
+}
 
 
 @heads
@@ -345,8 +341,8 @@ def test_pipelines_run_on_a_native_directory(task, tmp_path):
     native.save_pretrained(tmp_path / "native")
     for directory in ("official", "native"):
         tokenizer.save_pretrained(tmp_path / directory)
-    assert type(AutoTokenizer.from_pretrained(tmp_path / "native")) is type(tokenizer)
-    theirs, ours = (pipeline(task, str(tmp_path / name)) for name in ("official", "native"))
+    assert type(transformers.AutoTokenizer.from_pretrained(tmp_path / "native")) is type(tokenizer)
+    theirs, ours = (transformers.pipeline(task, str(tmp_path / name)) for name in ("official", "native"))
     assert type(ours.model) is native_class("bert", official)
     pairs = zip(ours(texts, batch_size=2, **kwargs), theirs(texts, batch_size=2, **kwargs), strict=True)
     for a, b in pairs:

@@ -137,9 +137,9 @@ class Attention(nn.Module):
         self.is_causal = spec.causal and not is_cross_attention
         self.attention_dropout = spec.attention_dropout
         width, kv_width = spec.num_heads * spec.head_dim, spec.key_value_heads * spec.head_dim
-        self.q_proj = nn.Linear(spec.hidden_size, width, bias=spec.bias)
-        self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.bias)
-        self.v_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.bias)
+        self.q_proj = nn.Linear(spec.hidden_size, width, bias=spec.query_key_value_bias)
+        self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.query_key_value_bias)
+        self.v_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.query_key_value_bias)
         self.o_proj = nn.Linear(width, spec.hidden_size, bias=spec.bias)
 
     def forward(

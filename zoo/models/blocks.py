@@ -27,16 +27,22 @@ class BlockSpec:
     num_key_value_heads: int | None = None  # None: as many as heads
     gated: bool = False
     bias: bool = True
+    qkv_bias: bool | None = None  # None: as bias
     causal: bool = False
     cross_attention: bool = False
     scaling: float | None = None  # None: head_dim ** -0.5
     attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
+    hidden_dropout: float = 0.0  # of what a feed-forward adds, and an attention
+    attention_output_dropout: float | None = None  # of what an attention adds, where it is another
     ffn_dropout: float = 0.0  # between the two feed-forward layers
 
     @property
     def key_value_heads(self) -> int:
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def query_key_value_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def score_scaling(self) -> float:
@@ -53,9 +59,10 @@ class BlockSpec:
         attentions = 2 if self.cross_attention else 1
         norms = (attentions + 1) * self.hidden_size * (2 if self.norm == "layernorm" else 1)
         biases = 0
+        if self.query_key_value_bias:
+            biases += attentions * self.head_dim * (self.num_heads + 2 * self.key_value_heads)
         if self.bias:
-            attention = self.head_dim * (self.num_heads + 2 * self.key_value_heads) + self.hidden_size
-            biases = attentions * attention + (2 if self.gated else 1) * self.ffn_size + self.hidden_size
+            biases += attentions * self.hidden_size + (2 if self.gated else 1) * self.ffn_size + self.hidden_size
         return self.matrix_parameters() + norms + biases
 
     def flops_per_token(self, length: int, encoder_length: int = 0) -> int:
@@ -140,6 +147,8 @@ class Block(GradientCheckpointingLayer):
         self.mlp = FeedForward(spec)
         self.mlp_norm = make_norm(spec)
         self.dropout = Dropout(spec.hidden_dropout)
+        other = spec.attention_output_dropout
+        self.attention_dropout = self.dropout if other is None else Dropout(other)
         self.pre_norm = spec.norm_place == "pre"
 
     def forward(
@@ -159,7 +168,8 @@ class Block(GradientCheckpointingLayer):
             memory = self.self_attn_norm(hidden_states) if self.pre_norm else hidden_states
             attend |= {"key_value_states": memory, "packing": packing.first, "kv_packing": packing, "first_only": True}
             hidden_states = packing.first_tokens(hidden_states)
-        hidden_states = self._residual(hidden_states, self.self_attn, self.self_attn_norm, attend)
+        dropout = self.attention_dropout
+        hidden_states = self._residual(hidden_states, self.self_attn, self.self_attn_norm, dropout, attend)
         if encoder_hidden_states is not None:
             attend = {
                 **kwargs,
@@ -168,12 +178,12 @@ class Block(GradientCheckpointingLayer):
                 "attention_mask": encoder_attention_mask,
                 "kv_packing": encoder_packing,
             }
-            hidden_states = self._residual(hidden_states, self.cross_attn, self.cross_attn_norm, attend)
-        return self._residual(hidden_states, self.mlp, self.mlp_norm, {})
+            hidden_states = self._residual(hidden_states, self.cross_attn, self.cross_attn_norm, dropout, attend)
+        return self._residual(hidden_states, self.mlp, self.mlp_norm, self.dropout, {})
 
-    def _residual(self, hidden_states: torch.Tensor, layer: nn.Module, norm: nn.Module, kwargs: dict) -> torch.Tensor:
+    def _residual(self, hidden_states: torch.Tensor, layer, norm, dropout: Dropout, kwargs: dict) -> torch.Tensor:
         output = layer(norm(hidden_states) if self.pre_norm else hidden_states, **kwargs)
         # attention also returns its weights, for those who record them
         output = output[0] if isinstance(output, tuple) else output
-        hidden_states = self.dropout.add_to(hidden_states, output)
+        hidden_states = dropout.add_to(hidden_states, output)
         return hidden_states if self.pre_norm else norm(hidden_states)

@@ -1,4 +1,4 @@
-"""What turns ids into vectors: tokens, positions, segments; and T5's position bias."""
+"""What turns ids into vectors: tokens, positions (learned or sinusoids), segments; and T5's position bias."""
 
 import math
 
@@ -11,15 +11,17 @@ from .dropout import Dropout
 class BertEmbeddings(nn.Module):
     """Word + position + segment embeddings, normed (BERT, arXiv 1810.04805, section 3). Official names.
 
-    Ids are (batch, length), or (tokens,) when packed; position_ids have the same shape or broadcast to it.
+    Ids are (batch, length), or (tokens,) when packed; position_ids have the same shape or broadcast to it. width: of
+    the vectors, where it is not the hidden size.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, width: int | None = None):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width = width or config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, inputs_embeds, token_type_ids, position_ids) -> torch.Tensor:
@@ -31,6 +33,34 @@ class BertEmbeddings(nn.Module):
             segments = self.token_type_embeddings(token_type_ids)
         embeddings = words + segments + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embeddings))
+
+
+class DistilBertEmbeddings(nn.Module):
+    """Word + position embeddings, normed; shapes as in `BertEmbeddings`. Official names."""
+
+    def __init__(self, config, norm_eps: float):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.dim, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.dim)
+        self.LayerNorm = nn.LayerNorm(config.dim, eps=norm_eps)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, input_ids, inputs_embeds, token_type_ids, position_ids) -> torch.Tensor:
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids)))
+
+
+def sinusoids(count: int, width: int) -> torch.Tensor:
+    """(count, width): sines at even, cosines at odd features, of the position over 10000^(2i / width).
+
+    Attention Is All You Need, section 3.5.
+    """
+    rates = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(count, dtype=torch.float64).unsqueeze(1) * rates
+    table = torch.empty(count, width)
+    table[:, 0::2] = angles.sin()
+    table[:, 1::2] = angles.cos()[:, : width // 2]
+    return table
 
 
 class RelativePositionBias(nn.Embedding):

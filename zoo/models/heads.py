@@ -5,23 +5,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import make_activation
-from .losses import IGNORED, linear_cross_entropy
-from .ragged import Packing
+from .losses import IGNORED
 
 
 class BertPooler(nn.Module):
-    """tanh(dense(first token)): (batch, length, hidden), packed (tokens, hidden) or first tokens -> (batch, hidden)."""
+    """tanh(dense(first tokens)): (batch, hidden) -> (batch, hidden)."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
-        if packing is not None:
-            hidden_states = packing.first_tokens(hidden_states)
-        elif hidden_states.ndim == 3:
-            hidden_states = hidden_states[:, 0]
-        return torch.tanh(self.dense(hidden_states))
+    def forward(self, first_tokens: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dense(first_tokens))
 
 
 class BertTransform(nn.Module):
@@ -48,11 +43,6 @@ class BertPredictions(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.transform(hidden_states))
-
-    def loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items=None) -> torch.Tensor:
-        """Cross entropy at the labelled rows of (rows, hidden), without the logits of the others."""
-        labelled = labels != IGNORED
-        return linear_cross_entropy(self.transform(hidden_states[labelled]), self.decoder, labels[labelled], num_items)
 
 
 class BertHeads(nn.Module):

@@ -11,7 +11,13 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -19,10 +25,20 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import LayerMasks
 from .blocks import Block, BlockSpec
 from .dropout import Dropout
-from .heads import next_token_labels, token_loss
+from .heads import classification_loss, next_token_labels, span_loss, token_loss
 from .losses import linear_cross_entropy
-from .pretrained import VariantConfig, ZooPreTrainedModel, register_key_map
-from .ragged import PLAN, Packing, unpack_output, unpack_states
+from .pretrained import VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
+from .ragged import (
+    PLAN,
+    Packing,
+    cached_tokens,
+    kept_logits,
+    padded,
+    recorded,
+    token_labels,
+    unpack_output,
+    unpack_states,
+)
 
 # official linear layers are Conv1D, whose weights are (in, out), with q, k and v in one
 KEY_MAP = [
@@ -59,8 +75,7 @@ class ZooGPT2Config(VariantConfig, GPT2Config):
     model_type = "zoo_gpt2"
 
     def validate_architecture(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+        check_heads(self, "n_embd", "n_head")
         if self.add_cross_attention:
             raise ValueError("zoo_gpt2 has no cross-attention: add_cross_attention must be false.")
         super().validate_architecture()
@@ -96,6 +111,9 @@ class ZooGPT2PreTrainedModel(ZooPreTrainedModel):
         "AutoConfig": "modeling_gpt2.ZooGPT2Config",
         "AutoModel": "modeling_gpt2.ZooGPT2Model",
         "AutoModelForCausalLM": "modeling_gpt2.ZooGPT2LMHeadModel",
+        "AutoModelForSequenceClassification": "modeling_gpt2.ZooGPT2ForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_gpt2.ZooGPT2ForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_gpt2.ZooGPT2ForQuestionAnswering",
     }
 
     @torch.no_grad()
@@ -152,7 +170,7 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         inputs = input_ids if input_ids is not None else inputs_embeds
-        return self.plan_packing(inputs, attention_mask, cached_tokens=_cached_tokens(past_key_values), **kwargs)
+        return self.plan_packing(inputs, attention_mask, cached_tokens=cached_tokens(past_key_values), **kwargs)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -184,10 +202,6 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             self.ln_f(hidden_states), past_key_values if use_cache else None
         )
-
-
-def _cached_tokens(past_key_values: Cache | None) -> int:
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
 class ZooGPT2LMHeadModel(ZooGPT2PreTrainedModel, GenerationMixin):
@@ -228,7 +242,7 @@ class ZooGPT2LMHeadModel(ZooGPT2PreTrainedModel, GenerationMixin):
         if labels is not None and self.training:
             loss = linear_cross_entropy(states.flatten(0, -2), self.lm_head, labels, num_items_in_batch)
         else:
-            logits = self._logits(states, packing, logits_to_keep)
+            logits = kept_logits(self.lm_head, states, packing, logits_to_keep)
         if labels is not None and logits is not None:
             rows = logits.flatten(0, 1) if packing is None else packing.pack(logits)
             loss = token_loss(rows.float(), labels, num_items_in_batch)
@@ -241,22 +255,136 @@ class ZooGPT2LMHeadModel(ZooGPT2PreTrainedModel, GenerationMixin):
             cross_attentions=output.cross_attentions,
         )
 
-    def _logits(self, states, packing: Packing | None, logits_to_keep):
-        """(batch, kept, vocabulary), zeros at padding; all slots, the last few, or those of an index."""
-        if packing is None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            return self.lm_head(states[:, kept])
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            return packing.unpack(self.lm_head(states))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # hidden states of padding are 0, and the head has no bias, so their logits are 0
-        return self.lm_head(packing.unpack(states)[:, kept])
+
+class _Head(ZooGPT2PreTrainedModel):
+    """A model under `transformer`, whose packing the head shares."""
+
+    # these losses are means over samples, whatever else is in an accumulated batch
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ZooGPT2Config):
+        super().__init__(config)
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # None before a config is complete
+        self.transformer = ZooGPT2Model(config)
+
+    def _run(self, input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
+             **kwargs):  # fmt: skip
+        """The model's output, as packed as it ran, and its packing."""
+        packing = self.transformer.plan(input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        inputs = input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds
+        return self.transformer(*inputs, use_cache=use_cache, packing=packing, return_dict=True, **kwargs), packing
+
+
+class ZooGPT2ForSequenceClassification(_Head):
+    """Reads the last token of each text that is not the padding id."""
+
+    def __init__(self, config: ZooGPT2Config):
+        super().__init__(config)
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        output, packing = self._run(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache, **kwargs
+        )
+        states = padded(output.last_hidden_state, packing)
+        rows = torch.arange(len(states), device=states.device)
+        logits = self.score(states[rows, self._last_tokens(input_ids, states)])
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        return SequenceClassifierOutputWithPast(
+            loss, logits, output.past_key_values, unpack_states(output.hidden_states, packing), output.attentions
+        )
+
+    def _last_tokens(self, input_ids, states: torch.Tensor) -> torch.Tensor | int:
+        padding = self.config.pad_token_id
+        if padding is None and len(states) > 1:
+            raise ValueError("config.pad_token_id is None: it tells where each text of a batch ends.")
+        if padding is None or input_ids is None:
+            return -1
+        # the rightmost, so that padding may stand on either side
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return (places * (input_ids != padding)).argmax(-1)
+
+
+class ZooGPT2ForTokenClassification(_Head):
+    def __init__(self, config: ZooGPT2Config):
+        super().__init__(config)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.classifier = nn.Linear(config.n_embd, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        output, packing = self._run(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache, **kwargs
+        )
+        logits = self.classifier(self.dropout(output.last_hidden_state))
+        loss = None if labels is None else token_loss(logits.flatten(0, -2), token_labels(labels, packing))
+        return TokenClassifierOutput(loss, padded(logits, packing), **recorded(output, packing))
+
+
+class ZooGPT2ForQuestionAnswering(_Head):
+    """Start and end of a span. Packed, padding gets the lowest logit, so the loss is that of unpadded samples."""
+
+    def __init__(self, config: ZooGPT2Config):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        start_positions=None,
+        end_positions=None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        output, packing = self._run(
+            input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, None, **kwargs
+        )
+        logits = self.qa_outputs(output.last_hidden_state)
+        start, end = padded(logits, packing, fill=torch.finfo(logits.dtype).min).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss, start.contiguous(), end.contiguous(), **recorded(output, packing))
 
 
 register_key_map(["ZooGPT2Model"], KEY_MAP)
 
 __all__ = [
     "ZooGPT2Config",
+    "ZooGPT2ForQuestionAnswering",
+    "ZooGPT2ForSequenceClassification",
+    "ZooGPT2ForTokenClassification",
     "ZooGPT2LMHeadModel",
     "ZooGPT2Model",
     "ZooGPT2PreTrainedModel",

@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -52,6 +54,18 @@ def is_standard(config: PreTrainedConfig) -> bool:
     return all(name == FULL for name in names)
 
 
+def check_heads(config: PreTrainedConfig, width: str, heads: str) -> None:
+    """Raises ValueError unless the heads, by the names of both fields, share the width evenly."""
+    if getattr(config, width) % getattr(config, heads):
+        raise ValueError(f"{width} {getattr(config, width)} is not a multiple of {heads} {getattr(config, heads)}.")
+
+
+def check_decoder(config: PreTrainedConfig) -> None:
+    """Raises ValueError for cross-attention in an encoder."""
+    if config.add_cross_attention and not config.is_decoder:
+        raise ValueError("add_cross_attention is for a decoder: set is_decoder too.")
+
+
 @strict
 class VariantConfig(PreTrainedConfig):
     """The fields that our configs add to the official ones, and how they open official directories.
@@ -84,6 +98,12 @@ class VariantConfig(PreTrainedConfig):
         return {**fields, "model_type": cls.model_type}, unused
 
 
+RECORDED_BY_ENCODERS = {
+    "hidden_states": Block,
+    "attentions": OutputRecorder(Attention, layer_name=".self_attn", index=1),
+}
+
+
 class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
     """Base of every native model.
 
@@ -96,13 +116,14 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["Block"]
     _can_record_outputs = {
-        "hidden_states": Block,
-        "attentions": OutputRecorder(Attention, layer_name=".self_attn", index=1),
+        **RECORDED_BY_ENCODERS,
         "cross_attentions": OutputRecorder(Attention, layer_name=".cross_attn", index=1),
     }
     config_class: type[PreTrainedConfig]
     official_config_class: type[PreTrainedConfig]
     auto_map: dict[str, str]
+    # of an encoder family: what its heads stand on, made from (config, add_pooling_layer)
+    encoder_class: ClassVar[Callable[..., PreTrainedModel]]
 
     def _initialize_weights(self, module, is_custom_code: bool = False):
         # transformers skips every module without parameters of its own in code that is not its own, and with it what

@@ -6,6 +6,7 @@ kernels. Unpadding as in MosaicBERT (Portes et al. 2023, section 2.4).
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
@@ -114,6 +116,27 @@ class Packing:
         return packed.index_select(0, self.cu_seq_lens[:-1])
 
 
+def kept_logits(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    packing: Packing | None,
+    logits_to_keep: int | torch.Tensor,
+) -> torch.Tensor:
+    """(batch, kept, vocabulary): the last so many columns, all for 0, or those of an index.
+
+    Packed, only real tokens meet the head, and padding has zeros.
+    """
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    if packing is None:
+        return head(states[:, kept])
+    numbers = packing.unpack(torch.arange(1, packing.tokens + 1, device=states.device))[:, kept]
+    real = numbers > 0
+    found = head(states[numbers[real] - 1])
+    logits = found.new_zeros(*real.shape, found.shape[-1])
+    logits[real] = found
+    return logits
+
+
 def unpack_states(states: tuple | None, packing: Packing | None) -> tuple | None:
     """Unpacks a tuple of packed tensors, None entries kept; any other value is passed through."""
     if packing is None or not states:
@@ -128,6 +151,32 @@ def unpack_output(output, packing: Packing):
     if output.get("hidden_states"):
         output["hidden_states"] = unpack_states(output.hidden_states, packing)
     return output
+
+
+def recorded(output, packing: Packing | None) -> dict:
+    """What a head hands on of its base model's output."""
+    return {"hidden_states": unpack_states(output.hidden_states, packing), "attentions": output.attentions}
+
+
+def padded(values: torch.Tensor, packing: Packing | None, fill: float = 0.0) -> torch.Tensor:
+    """Unpacks what is packed."""
+    return values if packing is None else packing.unpack(values, fill)
+
+
+def token_labels(labels: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """(batch, length) -> one label for each row of states; a packed label at a padded slot is left out."""
+    return labels.flatten() if packing is None else packing.pack(labels)
+
+
+def cached_tokens(past_key_values: Cache | None) -> int:
+    """Tokens whose keys are in a cache already."""
+    if past_key_values is None:
+        return 0
+    cached = int(past_key_values.get_seq_length())
+    if isinstance(past_key_values, EncoderDecoderCache):
+        # assisted generation may take back every token of its own, but not the encoder's keys
+        cached += int(past_key_values.cross_attention_cache.get_seq_length())
+    return cached
 
 
 def _adapters_by_row(model: nn.Module) -> bool:

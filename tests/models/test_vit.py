@@ -1,0 +1,82 @@
+"""ViT's own: other resolutions, dropped patches, the published sizes, images that do not fit."""
+
+import pytest
+import torch
+from transformers import ViTConfig
+
+from .test_parity import assert_close
+from .tiny import config_for, make_inputs, make_pair, native_class, rows_entering
+
+
+@pytest.mark.parametrize("size", [(12, 12), (20, 20), (8, 16), (24, 4), (21, 14)])
+def test_other_resolutions_than_trained(tmp_path, size):
+    model, native = make_pair("vit", "ViTForImageClassification", tmp_path)
+    pixels = torch.randn(2, 2, *size, generator=torch.Generator().manual_seed(1))
+    inputs = {"pixel_values": pixels, "interpolate_pos_encoding": True}
+    assert_close(native(**inputs).logits, model(**inputs).logits, f"logits of {size}")
+
+
+def test_pixels_are_made_for_images_that_are_not_square(tmp_path):
+    """The official class takes a square for granted."""
+    model, native = make_pair("vit", "ViTForMaskedImageModeling", tmp_path)
+    hidden = torch.zeros(1, 8, dtype=torch.bool)
+    hidden[0, 5] = True  # row 1, column 1 of 2 x 4 patches
+    pixels = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(1))
+    output = native(pixel_values=pixels, bool_masked_pos=hidden, interpolate_pos_encoding=True)
+    assert output.reconstruction.shape == pixels.shape
+    patch = (slice(None), slice(None), slice(4, 8), slice(4, 8))
+    assert_close(output.loss, (pixels[patch] - output.reconstruction[patch]).abs().mean() * 16 / (16 + 1e-5), "loss")
+
+
+def test_dropped_patches_cost_nothing(tmp_path):
+    """The class token of an image without some patches is that of an image that never had them."""
+    _, native = make_pair("vit", "ViTModel", tmp_path)
+    native.set_ragged("on")
+    inputs = make_inputs("vit", "ViTModel", "holes")
+    kept = int(inputs["attention_mask"].sum())
+    assert kept < inputs["attention_mask"].numel()
+    rows = rows_entering(native, lambda: native(**inputs))
+    assert rows["layers.1.mlp.fc1"] == kept
+    packed = native(**inputs)
+    moved = inputs["pixel_values"].clone()
+    # patch 1 of image 1 is dropped: token 2
+    assert inputs["attention_mask"][1, 2] == 0
+    moved[1, :, 0:4, 4:8] += 5
+    assert torch.equal(native(**{**inputs, "pixel_values": moved}).pooler_output, packed.pooler_output)
+    native.set_ragged("off")
+    assert_close(native(**inputs).pooler_output, packed.pooler_output, "pooled")
+
+
+def test_images_that_do_not_fit(tmp_path):
+    _, native = make_pair("vit", "ViTModel", tmp_path)
+    for shape, says in (
+        ((1, 2, 16, 16), "images of 16 x 16 pixels, but the model's are 12 x 12; resize them, or say interpolate"),
+        ((1, 3, 12, 12), r"pixel_values must be \(batch, 2, height, width\)"),
+        ((2, 12, 12), r"pixel_values must be \(batch, 2, height, width\)"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            native(torch.zeros(shape))
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        native(torch.zeros(1, 2, 3, 12), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        native()
+    with pytest.raises(ValueError, match="needs a model with a mask token"):
+        native(torch.zeros(1, 2, 12, 12), bool_masked_pos=torch.ones(1, 9, dtype=torch.bool))
+
+
+# shared/design/reference-values.md, "Attention": tokens with the class token
+@pytest.mark.parametrize(
+    ("image", "patch", "tokens"), [(224, 16, 197), (384, 16, 577), (512, 16, 1025), (224, 14, 257)]
+)
+def test_tokens_of_an_image(image, patch, tokens):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                       image_size=image, patch_size=patch)  # fmt: skip
+    zoo = native_class("vit", "ViTModel")
+    model = zoo(zoo.config_class.from_dict(config.to_dict()))
+    assert model(torch.zeros(1, 3, image, image)).last_hidden_state.shape == (1, tokens, 8)
+
+
+def test_positions_are_those_of_the_trained_size_at_the_trained_size(tmp_path):
+    _, native = make_pair("vit", "ViTModel", tmp_path)
+    assert native.embeddings.positions(12, 12) is native.embeddings.position_embeddings
+    assert config_for("vit", "ViTModel").image_size == 12

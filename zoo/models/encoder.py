@@ -1,0 +1,166 @@
+"""The stack that BERT, RoBERTa, ALBERT and DistilBERT share: embeddings, blocks, a pooler where there is one.
+
+With `config.is_decoder` it is causal, has a cache and, with `add_cross_attention`, reads an encoder's states.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import LayerMasks
+from .blocks import Block
+from .pretrained import ZooPreTrainedModel
+from .ragged import PLAN, Packing, cached_tokens, unpack_output
+
+# a class without a config of its own would take part in transformers' guesses at it
+if TYPE_CHECKING:
+    _Base = ZooPreTrainedModel
+else:
+    _Base = object
+
+
+class EncoderModel(_Base):
+    """Goes before a family's base class in the bases of its model, which sets `embeddings`, `layers` and `pooler`.
+
+    Its blocks run in the order of `layers_in_order`; `projection` is what leads from the embeddings to the first.
+    """
+
+    embeddings: nn.Module
+    layers: nn.ModuleList
+    pooler: nn.Module | None
+    projection: nn.Module | None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooler = self.projection = None
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    def layers_in_order(self) -> Iterator[Block]:
+        yield from self.layers  # type: ignore[misc]
+
+    def positions(self, input_ids: torch.Tensor | None, inputs: torch.Tensor, past: int) -> torch.Tensor:
+        """(1 or batch, length) of the inputs (ids or vectors), `past` tokens being in the cache."""
+        return torch.arange(past, past + inputs.shape[1], device=inputs.device).unsqueeze(0)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        packing: Packing | str | None = PLAN,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """As the official class. With `packing`, a head's own plan, the outputs stay packed: (tokens, hidden).
+
+        A head that reads the first token alone says `pooled_only=True`: it finds it, pooled where there is a pooler, in
+        `pooler_output`; packed, the last layer then computes no other, and there is no last hidden state.
+        """
+        planned_here = isinstance(packing, str)
+        if isinstance(packing, str):
+            memory = encoder_hidden_states, encoder_attention_mask
+            packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values, *memory, **kwargs)
+        encoder_packing = None
+        if packing is not None and encoder_hidden_states is not None:
+            encoder_packing = self.plan_packing(encoder_hidden_states, encoder_attention_mask, **kwargs)
+        output = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
+            encoder_attention_mask, past_key_values,
+            use_cache=use_cache, packing=packing, encoder_packing=encoder_packing, **kwargs,
+        )  # fmt: skip
+        return unpack_output(output, packing) if planned_here and packing is not None else output
+
+    def plan(
+        self, input_ids, inputs_embeds, attention_mask, past_key_values=None, encoder_hidden_states=None,
+        encoder_attention_mask=None, **kwargs,
+    ) -> Packing | None:  # fmt: skip
+        """How a call with these inputs is packed, or None."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        pooled = self.pooler is not None or bool(kwargs.get("pooled_only"))
+        cached = cached_tokens(past_key_values)
+        packing = self.plan_packing(inputs, attention_mask, pooled=pooled, cached_tokens=cached, **kwargs)
+        if packing is None or encoder_hidden_states is None:
+            return packing
+        # queries and keys are packed together or not at all
+        memory = self.plan_packing(encoder_hidden_states, encoder_attention_mask, **kwargs)
+        return None if memory is None else packing
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _encode(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
+        encoder_attention_mask, past_key_values,
+        use_cache=None, packing=None, encoder_packing=None, pooled_only=False, **kwargs,
+    ):  # fmt: skip
+        causal = bool(getattr(self.config, "is_decoder", False))
+        use_cache = bool(use_cache) and causal
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+            if encoder_hidden_states is not None or self.config.is_encoder_decoder:
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        self_cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            self_cache = past_key_values.self_attention_cache
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if position_ids is None:
+            position_ids = self.positions(input_ids, inputs, 0 if self_cache is None else self_cache.get_seq_length())
+        embedded = [input_ids, inputs_embeds, token_type_ids, position_ids]
+        if packing is not None:
+            embedded = [None if x is None else packing.pack(x) for x in embedded]
+        hidden_states = self.embeddings(*embedded)
+        if self.projection is not None:
+            hidden_states = self.projection(hidden_states)
+        # only shape, dtype and device of this are read
+        grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
+        masks = LayerMasks(self.config, causal, grid, attention_mask, self_cache, packing)
+        in_rows = packing is not None and packing.per_sequence
+        cross_mask = None
+        if encoder_hidden_states is not None and encoder_attention_mask is not None and not in_rows:
+            cross_mask = create_bidirectional_mask(
+                self.config, grid, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+            )
+        if encoder_packing is not None:
+            encoder_hidden_states = encoder_packing.pack(encoder_hidden_states)
+        recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        first_only = pooled_only and in_rows and not causal and (recorded is None or recorded is False)
+        layers = list(self.layers_in_order())
+        for index, layer in enumerate(layers):
+            hidden_states = layer(
+                hidden_states, masks.of_layer(index), None, encoder_hidden_states,
+                encoder_attention_mask=cross_mask, encoder_packing=encoder_packing, past_key_values=past_key_values,
+                packing=packing, first_only=first_only and index == len(layers) - 1, **kwargs,
+            )  # fmt: skip
+        pooled = None
+        if self.pooler is not None or pooled_only:
+            pooled = hidden_states if first_only else _first_tokens(hidden_states, packing)
+            pooled = pooled if self.pooler is None else self.pooler(pooled)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=None if first_only else hidden_states,
+            pooler_output=pooled,
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+def _first_tokens(hidden_states: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """(batch, length, hidden), or packed (tokens, hidden) -> (batch, hidden)."""
+    return hidden_states[:, 0] if packing is None else packing.first_tokens(hidden_states)

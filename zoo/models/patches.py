@@ -1,0 +1,82 @@
+"""What turns images into vectors: patches, a class token, positions that may be interpolated."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .dropout import Dropout
+
+
+def as_pair(size) -> tuple[int, int]:
+    """(height, width) of a config's size, which may be one number for both."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+class Patches(nn.Module):
+    """(batch, channels, height, width) -> (batch, patches, hidden), row by row. Official name: `projection`."""
+
+    def __init__(self, config):
+        super().__init__()
+        size = as_pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class PatchEmbeddings(nn.Module):
+    """Patches behind a class token, plus positions (ViT, arXiv 2010.11929, section 3.1). Official names."""
+
+    def __init__(self, config, use_mask_token: bool):
+        super().__init__()
+        self.image_size, self.patch_size = as_pair(config.image_size), as_pair(config.patch_size)
+        self.num_channels = config.num_channels
+        patches = (self.image_size[0] // self.patch_size[0]) * (self.image_size[1] // self.patch_size[1])
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
+        self.patch_embeddings = Patches(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, patches + 1, config.hidden_size))
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, interpolate: bool
+    ) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, 1 + patches, hidden). Raises ValueError for another size."""
+        self._check(tuple(pixel_values.shape), interpolate)
+        embeddings = self.patch_embeddings(pixel_values)
+        if bool_masked_pos is not None:
+            if self.mask_token is None:
+                raise ValueError("bool_masked_pos needs a model with a mask token (use_mask_token=True).")
+            embeddings = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token, embeddings)
+        embeddings = torch.cat((self.cls_token.expand(len(embeddings), -1, -1), embeddings), dim=1)
+        height, width = pixel_values.shape[2:]
+        return self.dropout(embeddings + self.positions(height, width))
+
+    def _check(self, shape: tuple[int, ...], interpolate: bool) -> None:
+        if len(shape) != 4 or shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {self.num_channels}, height, width), not {shape}; an image processor "
+                "makes them from grey and from transparent images too."
+            )
+        size = shape[2:]
+        if size != self.image_size and not interpolate:
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels, but the model's are {self.image_size[0]} x "
+                f"{self.image_size[1]}; resize them, or say interpolate_pos_encoding=True."
+            )
+        if any(pixels < patch for pixels, patch in zip(size, self.patch_size, strict=True)):
+            raise ValueError(f"images of {size[0]} x {size[1]} pixels are smaller than a patch, {self.patch_size}.")
+
+    def positions(self, height: int, width: int) -> torch.Tensor:
+        """(1, 1 + patches, hidden) for images of this size, those of the trained size interpolated bicubically."""
+        if (height, width) == self.image_size:
+            return self.position_embeddings
+        trained = [pixels // patch for pixels, patch in zip(self.image_size, self.patch_size, strict=True)]
+        wanted = [pixels // patch for pixels, patch in zip((height, width), self.patch_size, strict=True)]
+        first, rest = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        grid = rest.unflatten(1, trained).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=wanted, mode="bicubic", align_corners=False)
+        return torch.cat((first, grid.flatten(2).transpose(1, 2)), dim=1)
