@@ -176,6 +176,58 @@ def small(path: str, content: bytes = b"x") -> dict:
     return {"key": "file", "value": {"path": path, "content": base64.b64encode(content).decode(), "encoding": "base64"}}
 
 
+def test_what_a_request_does_not_say_stays(server):
+    """A setting that is not known is refused, and opens nothing."""
+    api = server.api()
+    api.create_repo("me/kept", private=True)
+    with pytest.raises(HfHubHTTPError, match="private and visibility only, not gated"):
+        api.update_repo_settings("me/kept", gated="auto")
+    assert send(server, "PUT", "/api/models/me/kept/settings", json={}).status_code == 400
+    assert send(server, "PUT", "/api/models/me/kept/settings", json={"visibility": "open"}).status_code == 400
+    assert send(server, "GET", "/api/models/me/kept", token=None).status_code == 404
+    assert send(server, "PUT", "/api/models/me/kept/settings", json={"visibility": "public"}).status_code == 200
+    assert send(server, "GET", "/api/models/me/kept", token=None).status_code == 200
+
+
+def test_a_pull_request_is_no_commit(server):
+    api = server.api()
+    api.create_repo("me/asked")
+    with pytest.raises(HfHubHTTPError, match="no pull requests"):
+        api.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="me/asked", create_pr=True)
+    assert api.list_repo_files("me/asked") == []
+
+
+def test_requests_without_sense_are_refused_not_failed(server):
+    server.api().create_repo("me/sense")
+    deep = b"[" * 200_000
+    assert send(server, "POST", "/api/repos/create", content=deep).status_code == 400
+    assert send(server, "POST", "/api/validate-yaml", token=None, json={"content": "a"}).status_code == 401
+    broken = send(server, "POST", "/api/validate-yaml", json={"content": "---\na: [\n---\n"}).json()
+    assert broken["errors"]
+    wrong = send(
+        server, "PUT", f"/upload/{'0' * 64}?size=1&until=9999999999&signature=%C3%BC", token=None, content=b"x"
+    )
+    assert wrong.status_code == 403
+    long = send(server, "POST", f"/api/models/me/sense/branch/{'b' * 90}/{'c' * 90}/{'d' * 90}", json={})
+    assert long.status_code == 400 and "too long" in long.json()["error"]
+
+
+def test_one_server_at_a_time(tmp_path):
+    """A second one takes nothing from the first, whose uploads are under way."""
+    first = start(tmp_path / "hub")
+    try:
+        arriving = tmp_path / "hub" / "incoming" / "half"
+        arriving.write_bytes(b"half")
+        command = [sys.executable, str(REPO / "cli.py"), "serve", str(tmp_path / "hub"), "--port", "0"]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2 and "is served by another process" in second.stderr
+        assert arriving.exists()
+    finally:
+        first.process.terminate()
+    wrong = subprocess.run([*command, "--owner", "me/x"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "cannot name" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
 @pytest.mark.parametrize(
     "path",
     [

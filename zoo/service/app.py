@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from huggingface_hub import ModelCard
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from yaml import YAMLError
 
 from zoo.service.messages import (
     decoded,
@@ -132,10 +133,11 @@ class _Routes:
         }  # fmt: skip
 
     async def validate_yaml(self, request: Request) -> dict[str, Any]:
+        self._may_write(request)
         content = (await read_json(request)).get("content", "")
         try:
             ModelCard(str(content), ignore_metadata_errors=False)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, YAMLError, RecursionError) as error:
             return {"errors": [{"message": str(error)[:500]}], "warnings": []}
         return {"errors": [], "warnings": []}
 
@@ -177,9 +179,14 @@ class _Routes:
 
     async def settings(self, request: Request, namespace: str, name: str) -> dict[str, Any]:
         repository, wanted = self._writable(request, namespace, name), await read_json(request)
-        private = wanted.get("private", wanted.get("visibility", "public") == "private")
-        repository.change(private=bool(private))
-        return {"private": bool(private)}
+        unknown = sorted(wanted.keys() - {"private", "visibility"})
+        if unknown or not wanted:
+            raise Refused(400, f"this server sets private and visibility only, not {', '.join(unknown) or 'nothing'}")
+        if "visibility" in wanted and wanted["visibility"] not in ("private", "public"):
+            raise Refused(400, "visibility is private or public")
+        private = bool(wanted["private"]) if "private" in wanted else wanted["visibility"] == "private"
+        repository.change(private=private)
+        return {"private": private}
 
     # Uploads
 
@@ -218,17 +225,19 @@ class _Routes:
         return hmac.new(self.key, f"{digest}:{size}:{until}".encode(), hashlib.sha256).hexdigest()
 
     async def upload(self, request: Request, digest: str, size: int, until: int, signature: str) -> dict[str, Any]:
-        if not hmac.compare_digest(signature, self._signature(digest, size, until)) or time.time() > until:
+        expected = self._signature(digest, size, until)
+        if not hmac.compare_digest(signature.encode(), expected.encode()) or time.time() > until:
             raise Refused(403, "this address was not given by the server, or is too old; ask again")
-        received = 0
+        received, hashed = 0, hashlib.sha256()
         with self.storage.receiving() as file:
             async for chunk in request.stream():
                 received += len(chunk)
                 if received > size:
                     raise Refused(422, f"more than the {size} bytes that were announced")
+                hashed.update(chunk)
                 file.write(chunk)
             file.flush()
-            self.storage.keep(Path(file.name), digest, size)
+            self.storage.keep(Path(file.name), hashed.hexdigest(), digest, size)
         return {}
 
     async def verify(self, request: Request) -> dict[str, Any]:
@@ -239,8 +248,12 @@ class _Routes:
             raise Refused(422, "its content has not arrived")
         return {}
 
-    async def commit(self, request: Request, namespace: str, name: str, revision: str) -> dict[str, Any]:
+    async def commit(
+        self, request: Request, namespace: str, name: str, revision: str, create_pr: bool = False
+    ) -> dict[str, Any]:
         repository = self._writable(request, namespace, name)
+        if create_pr:
+            raise Refused(400, "this server has no pull requests; commit to a branch")
         header: dict[str, Any] = {}
         operations = []
         async for line in lines_of(request):

@@ -72,7 +72,9 @@ async def refusal(request: Request, error: Exception) -> Response:
 
 async def no_room(request: Request, error: Exception) -> Response:
     assert isinstance(error, OSError)
-    return error_answer(507, f"the server cannot write: {error.strerror}")
+    if isinstance(error, FileNotFoundError):
+        return error_answer(404, "it was deleted meanwhile", "RepoNotFound")
+    return error_answer(507, f"the server cannot read or write: {error.strerror}")
 
 
 # Requests
@@ -101,7 +103,7 @@ async def read_json(request: Request) -> dict[str, Any]:
 def parsed(text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(400, f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Refused(400, "not a JSON object")

@@ -12,7 +12,7 @@ import uvicorn
 
 from zoo.errors import UserError
 from zoo.service.app import make_app
-from zoo.service.storage import Storage, checked_name
+from zoo.service.storage import Refused, Storage, checked_name
 
 TOKEN_VARIABLE = "ZOO_HUB_TOKEN"
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -31,15 +31,18 @@ def run(
     token = token or secrets.token_urlsafe(32)
     if not shown and len(token) < 16:
         raise UserError(f"{TOKEN_VARIABLE}: shorter than 16 characters; give a longer one, or none")
-    checked_name(owner)
     try:
+        checked_name(owner)
         storage = Storage(directory)
+    except Refused as error:
+        raise UserError(f"serve: {error}") from error
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
     local = _is_local(host)
     app = make_app(storage, token, owner, LOCAL_NAMES if local else ["*"])
     listener = _listen(host, port)
-    address = f"http://{'127.0.0.1' if host == 'localhost' else host}:{listener.getsockname()[1]}"
+    shown_host = "127.0.0.1" if host == "localhost" else f"[{host}]" if ":" in host else host
+    address = f"http://{shown_host}:{listener.getsockname()[1]}"
     lines = [f"serving {directory} at {address}; stop it with Ctrl-C"]
     lines.append(f"    export HF_ENDPOINT={address} HF_HUB_DISABLE_XET=1")
     lines.append(f"    export HF_TOKEN={token if shown else f'${TOKEN_VARIABLE}'}")

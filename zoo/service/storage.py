@@ -14,19 +14,18 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from zoo.files import sha256, write_json, write_text
+from zoo.files import write_json, write_text
 
 MAIN = "main"
-KINDS = ("models", "datasets")
 _NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -71,6 +70,9 @@ def checked_name(name: str) -> str:
 
 
 def checked_reference(name: str) -> str:
+    # a file's name, in which a slash takes three letters, has room for 255
+    if len(quote(name, safe="")) > 200:
+        raise Refused(400, f"{name[:80]!r}... is too long for a branch or a tag")
     for part in name.split("/"):
         checked_name(part)
     return name
@@ -95,8 +97,17 @@ def pointer(digest: str, size: int) -> bytes:
 
 
 class Storage:
+    """Of one server at a time. Raises Refused where another has the directory."""
+
     def __init__(self, root: Path):
         self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(root / ".lock")
+        try:
+            # one that was just killed may not be gone yet
+            self._lock.acquire(timeout=3)
+        except Timeout:
+            raise Refused(409, f"{root} is served by another process") from None
         self.blobs, self.repos, self.incoming = root / "blobs", root / "repos", root / "incoming"
         for folder in (self.blobs, self.repos, self.incoming):
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,9 +132,9 @@ class Storage:
             finally:
                 path.unlink(missing_ok=True)
 
-    def keep(self, received: Path, digest: str, size: int) -> None:
-        """Takes a received file into the store if it is what it is said to be."""
-        if received.stat().st_size != size or sha256(received) != digest:
+    def keep(self, received: Path, found: str, digest: str, size: int) -> None:
+        """Takes a received file, whose sha256 was found while it came, into the store if it is what it should be."""
+        if received.stat().st_size != size or found != digest:
             raise Refused(422, f"what was received is not the {size} bytes of sha256 {digest}")
         target = self.blob(digest)
         target.parent.mkdir(exist_ok=True)
@@ -135,13 +146,12 @@ class Storage:
             with self.receiving() as file:
                 file.write(content)
                 file.flush()
-                self.keep(Path(file.name), digest, len(content))
+                self.keep(Path(file.name), digest, digest, len(content))
         return StoredFile(digest, len(content), lfs=False, oid=_git_oid(content))
 
     # Repositories
 
     def _folder(self, kind: str, namespace: str, name: str) -> Path:
-        assert kind in KINDS
         return self.repos / kind / checked_name(namespace) / checked_name(name)
 
     def list(self, kind: str) -> list["Repository"]:
@@ -256,7 +266,7 @@ class Repository:
         """
         (self.folder / "commits").mkdir(exist_ok=True)
         changes = [(kind, {**value, "path": checked_path(value["path"].rstrip("/"))}) for kind, value in operations]
-        with self._alone() if not first else _nothing():
+        with self._alone() if not first else nullcontext():
             head = None if first else self._head(branch)
             if parent is not None and (head is None or not head.id.startswith(parent)):
                 raise Refused(412, f"{branch} has moved since {parent}; fetch it and commit again")
@@ -313,11 +323,6 @@ def _check_tree(files: dict[str, StoredFile]) -> None:
         for depth in range(1, len(parents) + 1):
             if "/".join(parents[:depth]) in files:
                 raise Refused(409, f"{'/'.join(parents[:depth])} is a file, so there is no {path}")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _now() -> str:
