@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +17,8 @@ import typer
 from zoo.errors import Interrupted, RunError, UserError
 from zoo.quiet import quiet_libraries
 
+DEBUG = "ZOO_DEBUG"  # set, tracebacks are shown
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 benchmarks = typer.Typer(
     no_args_is_help=True, help="Measure native against official classes, interleaved in one process."
@@ -26,12 +29,16 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's fi
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=3e-5.")
 ]
+Trusted = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the directory brings. Read it first.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
 @app.callback()
 def main() -> None:
     """Train and adapt transformers from one recipe."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextmanager
@@ -40,18 +47,28 @@ def _ending() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except UserError as error:
+    except (UserError, RunError) as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
         typer.secho(f"zoo: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
-    except RunError as error:
-        typer.secho(f"zoo: {error}", err=True, fg="red")
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
     except Interrupted as error:
         typer.secho(f"zoo: {error}", err=True, fg="yellow")
         raise typer.Exit(error.status) from None
     except KeyboardInterrupt:
         typer.secho("zoo: interrupted", err=True, fg="yellow")
         raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # whoever read has read enough
+        raise
+    except Exception as error:
+        if isinstance(error, typer.Exit) or os.environ.get(DEBUG):
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(str(error).split())[:500]
+        text = f"zoo: unexpected {type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
+        typer.secho(f"{text}; {DEBUG}=1 shows the whole of it: please report it", err=True, fg="red")
+        raise typer.Exit(1) from None
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -194,7 +211,8 @@ def train(
             from zoo.train import run
 
         metrics = run(loaded, directory, resume)
-        _report(metrics, f"{loaded.name}: the model is in {directory}", as_json, answer, directory)
+        where = f"the models are in {directory}/seed-*" if loaded.seeds else f"the model is in {directory}"
+        _report(metrics, f"{loaded.name}: {where}", as_json, answer, directory)
 
 
 @app.command()
@@ -203,6 +221,7 @@ def evaluate(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     data: Annotated[str | None, typer.Option(help="Other data: a file, a directory or a hub id.")] = None,
+    trust_remote_code: Trusted = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a finished model on a split of its data, or of other data with the same columns and labels.
@@ -219,7 +238,8 @@ def evaluate(
         quiet_libraries()
         from zoo.evaluation import run
 
-        _report(run(directory, split, overrides or [], data), f"{directory} on {split}", as_json, answer, directory)
+        metrics = run(directory, split, overrides or [], data, trust_remote_code)
+        _report(metrics, f"{directory} on {split}", as_json, answer, directory)
 
 
 @app.command()
@@ -228,6 +248,7 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to answer for.")] = None,
     file: Annotated[Path | None, typer.Option(help="Rows with a column text: jsonl, csv, parquet, txt.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file.")] = None,
+    trust_remote_code: Trusted = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict with a finished model: labels, spans, numbers or masked words.
@@ -242,7 +263,7 @@ def predict(
         quiet_libraries()
         from zoo import prediction
 
-        answers = prediction.run(directory, texts or [], file)
+        answers = prediction.run(directory, texts or [], file, trust_remote_code)
         if output is not None:
             count = prediction.write(answers, output)
             print(
@@ -380,15 +401,9 @@ def bench_finetune(
             print(json.dumps(result) if as_json else bench.table(result), file=answer)
 
 
-# what a person wants to see first, and how
-_SHOWN = {
-    **dict.fromkeys(("accuracy", "f1", "f1_macro", "f1_micro", "precision", "recall", "calibration_error"), "{:.4f}"),
-    **dict.fromkeys(("mse", "mae", "pearsonr", "spearmanr", "loss"), "{:.4f}"),
-    "perplexity": "{:.2f}",
-    "samples_per_second": "{:.1f}",
-    "runtime": "{:.0f} s",
-    "peak_memory_bytes": "{:,.0f}",
-}
+# of the numbers that are no share or loss
+_SHAPES = {"perplexity": "{:.2f}", "samples_per_second": "{:.1f}", "runtime": "{:.0f} s"}
+_NOT_SHOWN = ("epoch", "_low", "_high")
 
 
 def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, directory: Path) -> None:
@@ -403,10 +418,10 @@ def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, director
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         base = name.removesuffix("_mean")
-        shape = next((shape for ending, shape in _SHOWN.items() if base.endswith(ending)), None)
         if base == "peak_memory_bytes":
             table.add_row("peak memory", f"{value / 2**20:,.0f} MiB")
-        elif shape is not None:
+        elif isinstance(value, float) and not base.endswith(_NOT_SHOWN):
+            shape = next((shape for ending, shape in _SHAPES.items() if base.endswith(ending)), "{:.4f}")
             # of several seeds: the half width of the mean's 95 % interval
             spread = f" ± {shape.format(metrics[f'{base}_high'] - value)}" if f"{base}_high" in metrics else ""
             table.add_row(name, shape.format(value) + spread)
@@ -414,6 +429,4 @@ def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, director
 
 
 if __name__ == "__main__":
-    # `python cli.py` from a checkout
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "files", "memory", "quiet", "metrics"},
     {"service", "hub_errors"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
-    {"models", "labels", "conll", "interrupts"},
+    {"models", "labels", "interrupts"},
     {"loading", "data", "tasks"},
     {"trainer"},
     {"model_directory", "results", "environment", "card"},

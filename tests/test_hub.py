@@ -359,6 +359,7 @@ def test_what_is_committed_survives_a_kill(tmp_path):
     assert set(done) <= set(held) and len(held) <= len(done) + 1
     for file in held.values():
         assert sha256(storage.blob(file.sha256)) == file.sha256
+    storage.close()
     again = start(tmp_path / "hub")
     try:
         assert set(again.api().list_repo_files("me/kept")) == set(held)

@@ -120,9 +120,9 @@ BAD = {
     "yes is a string": ("seed: 42", "bf16: yes", "r.yaml:21: train.bf16: expected true or false, got the string 'yes'"),
     "enum": ("eval_strategy: epoch", "eval_strategy: epochs", "r.yaml:20: train.eval_strategy: expected one of no, steps, epoch, got the string 'epochs'; did you mean epoch?"),  # noqa: E501
     "choices": ("seed: 42", "train_sampling_strategy: groupbylength", "r.yaml:21: train.train_sampling_strategy: expected one of random, sequential, group_by_length"),  # noqa: E501
-    "list of strings": ("seed: 42", "label_names: [a, 1]", "r.yaml:21: train.label_names: expected a list (of a string each) or null"),  # noqa: E501
+    "list of strings": ("seed: 42", "include_for_metrics: [a, 1]", "r.yaml:21: train.include_for_metrics: expected a list (of a string each)"),  # noqa: E501
     "output_dir": ("seed: 42", "output_dir: x", "r.yaml:21: train.output_dir: not for a recipe: the run's directory is given by --output-dir"),  # noqa: E501
-    "hub": ("seed: 42", "hub_model_id: x", "r.yaml:21: train.hub_model_id: not for a recipe: a run does not upload"),
+    "hub": ("seed: 42", "hub_model_id: x", "r.yaml:21: train.hub_model_id: not for a recipe: write it in the section"),
     "push": ("seed: 42", "push_to_hub_token: x", "r.yaml:21: train.push_to_hub_token: not for a recipe"),
     "columns": ("seed: 42", "remove_unused_columns: false", "r.yaml:21: train.remove_unused_columns: not for a recipe"),
     "resume": ("seed: 42", "resume_from_checkpoint: x", "r.yaml:21: train.resume_from_checkpoint: not for a recipe: add --resume to the command"),  # noqa: E501

@@ -179,13 +179,15 @@ def test_labels_that_do_not_fit_the_problem(tmp_path):
 def test_conll_files(tmp_path):
     text = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nPeter NNP B-PER\n\t\nBlackburn NNP I-PER"
     (tmp_path / "a.conll").write_text(text + "\n\nx y O" * 5)
-    splits = load(tmp_path / "a.conll", "token-classification")
+    task = task_of(section("token-classification"))
+    named = {"path": str(tmp_path / "a.conll"), "options": {"column_names": ["tokens", "pos", "tags"]}}
+    splits = load_splits(DataSection.model_validate(named), task.roles, 0, kind=task.labels)
     rows = {row["row"]: row for row in [*splits.train, *splits.validation]}
     assert rows[0]["tokens"] == ["EU", "rejects"] and rows[2]["tokens"] == ["Blackburn"]
     assert splits.labels == ["B-ORG", "B-PER", "I-PER", "O"]
     assert [splits.labels[tag] for tag in rows[0]["tags"]] == ["B-ORG", "O"]
     (tmp_path / "b.conll").write_text("EU B-ORG\nrejects\n")
-    with pytest.raises(UserError, match=r"b.conll:2: 'rejects' has one column"):
+    with pytest.raises(UserError, match=r"train row 0: the label is missing"):
         load(tmp_path / "b.conll", "token-classification")
 
 

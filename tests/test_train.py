@@ -494,7 +494,7 @@ def test_a_finished_run_is_not_trained_again(recipe, finished, capsys):
     ("train", "says"),
     [
         ({"metric_for_best_model": "acuracy"}, "train.metric_for_best_model: .*'acuracy'; did you mean accuracy"),
-        ({"per_device_train_batch_size": 0}, "train: refused by transformers: batch_size"),
+        ({"per_device_train_batch_size": 0}, r"train.per_device_train_batch_size: 0; give 1 or more"),
         ({"learning_rate": -1.0}, "train: refused by transformers: Invalid learning rate"),
         ({"lr_scheduler_kwargs": {"num_cycels": 1}}, "train: refused by transformers: .*num_cycels"),
         ({"optim": "adamw_apex_fused"}, "train: refused by transformers: .*apex"),

@@ -42,6 +42,7 @@ PROFILE_ROWS = 16
 
 def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict[str, Any]:
     """Speeds, ratios, peak memory and loss curves for each maximum length; see `table`."""
+    _check(recipe)
     if recipe.model.implementation != "native":
         raise UserError("bench: the recipe's model.implementation must be native; the official side is added to it")
     if recipe.model.attention != "full":
@@ -53,6 +54,14 @@ def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict
         with tqdm(total=turns, desc="Measuring", unit="turn") as bar:
             results = [_one_length(start, length, rounds, steps, bar) for length in max_lengths]
     return {"recipe": recipe.name, "environment": _environment(recipe), "rounds": rounds, "results": results}
+
+
+def _check(recipe: Recipe) -> None:
+    """Raises UserError for what is not measured yet."""
+    if recipe.task.type != "text-classification" or recipe.task.stride is not None:
+        raise UserError(
+            f"bench finetune measures text-classification in one piece; {recipe.name} is {recipe.task.type}"
+        )
 
 
 def _start(recipe: Recipe, directory: str) -> Recipe:
@@ -213,6 +222,7 @@ def _in_own_process(function, *arguments):
 
 def profile(recipe: Recipe, max_lengths: list[int], steps: int) -> list[dict[str, Any]]:
     """Each operation's share of the time of native training steps, by torch.profiler, for each maximum length."""
+    _check(recipe)
     profiles = []
     with tempfile.TemporaryDirectory() as directory:
         start = _start(recipe, directory)

@@ -6,8 +6,10 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from yaml import YAMLError
 
 from zoo.recipe import Recipe
 from zoo.sources import Source, resolve
@@ -138,7 +140,7 @@ def _licence(source: Source, cards: type[RepoCard]) -> str | None:
             return None
     try:
         stated = cards.load(location).data.get("license")
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+    except (EntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, TypeError, YAMLError):
         # not there, not reachable or not a card: no reason to fail
         return None
     return ", ".join(stated) if isinstance(stated, list) else stated

@@ -4,8 +4,8 @@ Read from the project's own source as text: nothing that imports torch is import
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ def models() -> Iterator[dict[str, Any]]:
     families = _assigned(_parsed(_MODELS / "__init__.py"), "FAMILIES")
     assert isinstance(families, ast.Dict)
     for name in map(ast.literal_eval, filter(None, families.keys)):
-        tree = _parsed(_MODELS / f"modeling_{name}.py")
-        classes = {auto: path.rpartition(".")[2] for auto, path in _auto_map(tree).items()}
-        yield {"name": name, "summary": _summary(tree), "model_type": f"zoo_{name}", "classes": classes}
+        text = (_MODELS / f"modeling_{name}.py").read_text(encoding="utf-8")
+        summary = text.removeprefix('"""').partition("\n")[0].removesuffix('"""')
+        classes = {auto: path.rpartition(".")[2] for auto, path in _auto_map(text).items()}
+        yield {"name": name, "summary": summary, "model_type": f"zoo_{name}", "classes": classes}
 
 
 def attentions() -> Iterator[dict[str, Any]]:
@@ -84,13 +85,14 @@ def copy_recipe(name: str, target: Path, overwrite: bool = False) -> Path:
     return file
 
 
-def _auto_map(tree: ast.Module) -> dict[str, str]:
-    """Of a family's module, or of a part of it that it imports."""
-    parts = [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
-    for found in (tree, *(_parsed(_MODELS / f"{part}.py") for part in parts)):
-        with suppress(KeyError):
-            return ast.literal_eval(_assigned(found, "auto_map"))
-    raise KeyError("auto_map")
+def _auto_map(text: str) -> dict[str, str]:
+    """Of a family's module, or of a part of it that it imports; to parse whole modules would take too long."""
+    found = re.search(r"^    auto_map = (\{.*?^    \})", text, re.DOTALL | re.MULTILINE)
+    if found is not None:
+        return ast.literal_eval(found[1])
+    parts = (_MODELS / f"{name}.py" for name in re.findall(r"^from \.(\w+) import", text, re.MULTILINE))
+    texts = (part.read_text(encoding="utf-8") for part in parts)
+    return next(_auto_map(text) for text in texts if "\n    auto_map = {" in text)
 
 
 def _parsed(file: Path) -> ast.Module:

@@ -2,6 +2,8 @@
 
 import errno
 import inspect
+import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,6 @@ import httpx2
 import torch
 from datasets import Dataset, DatasetDict, LargeList, List
 
-from zoo.conll import read_conll
 from zoo.errors import RunError, UserError, did_you_mean
 from zoo.hub_errors import dataset_failure
 from zoo.labels import NOTHING, LabelKind
@@ -39,6 +40,24 @@ class Splits:
     test: Dataset | None
     labels: list[str]
     notes: list[str]
+
+
+# what readers raise for files that are no such files: damaged archives, empty ones
+_ODD = (EOFError, StopIteration, IndexError, AttributeError, KeyError, tarfile.TarError, zlib.error)
+
+
+def _check_json(arguments: dict[str, Any]) -> None:
+    """Refuses JSON that holds no rows: the reader beneath ends the whole process over some of it."""
+    for file in dict(arguments.get("data_files") or {}).values() if arguments["path"] == "json" else ():
+        try:
+            with Path(file).open("rb") as stream:
+                start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        except OSError as error:
+            raise UserError(f"data {Path(file).name}: cannot be read: {error.strerror}") from error
+        # compressed files are told by their names, and read as ever
+        if start not in (b"{", b"[") and not Path(file).name.endswith((".gz", ".zst", ".xz", ".bz2", ".zip")):
+            what = "is empty" if not start else f"begins with {start!r}"
+            raise UserError(f"data {Path(file).name}: {what}; JSON lines hold an object each, {{...}}, and JSON a list")
 
 
 @contextmanager
@@ -98,12 +117,19 @@ def _read(section: DataSection) -> DatasetDict:
         if key in inspect.signature(datasets.load_dataset).parameters:
             raise UserError(f"data.options.{key}: not an option of a format; say it with the other keys of data")
     arguments = _loading_arguments(section, source)
-    if arguments["path"] == "conll":
-        return read_conll(section, arguments.get("data_files"))
+    _check_json(arguments)
     try:
         with room_in_cache():
             loaded = datasets.load_dataset(**arguments)
-    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError, httpx2.HTTPError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+        httpx2.HTTPError,
+        *_ODD,
+    ) as error:
         cause = str(error.__cause__ or error).strip().splitlines()
         of_the_hub = None
         if source.kind == "hub":
@@ -145,7 +171,8 @@ def _loading_arguments(section: DataSection, source: Source) -> dict[str, Any]:
         )
     where: dict[str, Any] = {"data_dir": str(location)} if files is None else {"data_files": files}
     tabs = {"sep": "\t"} if builder == "csv" and suffixes and suffixes <= _TAB_SEPARATED else {}
-    return {"path": builder, **where, **tabs, **section.options}
+    named = {"column_names": ["tokens", "tags"]} if builder == "conll" else {}
+    return {"path": builder, **where, **tabs, **named, **section.options}
 
 
 def _named(section: DataSection, raw: DatasetDict) -> dict[str, str]:

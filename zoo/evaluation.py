@@ -10,7 +10,8 @@ from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.model_directory import open_finished
 from zoo.recipe import Recipe
-from zoo.train import build_trainer, encoded, training_arguments
+from zoo.tasks.metrics import OURS
+from zoo.train import build_trainer, check_length, encoded, training_arguments
 
 # what an evaluation reads of a recipe besides `data`; the rest would be ignored
 _READ = (
@@ -19,22 +20,38 @@ _READ = (
 )
 
 
-def run(directory: Path, split: str = "test", overrides: Sequence[str] = (), data: str | None = None) -> dict[str, Any]:
+def run(
+    directory: Path,
+    split: str = "test",
+    overrides: Sequence[str] = (),
+    data: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Metrics of the model in `directory` on one split, by the recipe it was made with.
 
     data: another file, directory or hub id with the same columns and labels; a file is the split. overrides:
-    `section.key=value` on the recipe, which say more than that.
+    `section.key=value` on the recipe, which say more than that. trust_remote_code: code that the directory brings, or
+    names as a metric, may be run.
     """
     overrides = [*(_other_data(data, split) if data is not None else ()), *overrides]
     for override in overrides:
         key = override.partition("=")[0]
         if not f"{key}.".startswith(("data.", *(f"{read}." for read in _READ))):
             raise UserError(f"{override}: an evaluation does not read it; it reads data and {', '.join(_READ)}")
-    finished = open_finished(directory, overrides)
+    finished = open_finished(directory, overrides, trust_remote_code)
     recipe, task = finished.recipe, finished.task
+    foreign = sorted(recipe.task.metrics.keys() - OURS.keys())
+    if foreign and not trust_remote_code:
+        raise UserError(
+            f"{directory}: its recipe names metrics that are code of their own, {', '.join(foreign)}; look at it, then "
+            "add --trust-remote-code, or leave them out with task.metrics={}"
+        )
+    check_length(recipe, finished.model)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(_only_evaluating(recipe), Path(scratch))
         splits = load_splits(recipe.data, task.roles, arguments.seed, finished.labels, task.labels)
+        for note in splits.notes:
+            print(note)
         rows = getattr(splits, split)
         if rows is None:
             raise UserError(f"--split {split}: the data of {directory} has no such split")
@@ -50,6 +67,7 @@ def _other_data(data: str, split: str) -> list[str]:
     return [
         f"data.path={json.dumps(data)}",
         *("data.files={}", "data.options={}", "data.format=null", "data.name=null", "data.revision=null"),
+        "data.limit=null",
         f"data.splits={json.dumps(splits)}",
     ]
 

@@ -13,7 +13,12 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name, then renames: a reader never sees half a file."""
+    """Writes under a temporary name, then renames: a reader never sees half a file. A link leads to its file."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        # a device or a pipe: to be written to, not to be replaced
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

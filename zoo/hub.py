@@ -28,6 +28,8 @@ def check(repo: str) -> str:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"{repo}: cannot name a repository: {error}") from error
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{repo}: HF_HUB_OFFLINE is set, and a push needs the hub; unset it")
     if get_token() is None:
         raise UserError("no token for the hub: set HF_TOKEN, or log in with: hf auth login")
     api = _api()

@@ -98,7 +98,7 @@ def _listed(rows: Dataset, role: str, split: str) -> Iterator[tuple[int, Sequenc
             f'one: {{"{role}": ["a", "b"]}}'
         )
     for row, labels in zip(rows["row"], rows[role], strict=True):
-        if labels is None:
+        if labels is None or any(label is None or label == "" for label in labels):
             raise _missing(split, row)
         yield row, labels
 

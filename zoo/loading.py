@@ -24,7 +24,7 @@ from zoo.sources import resolve
 
 # what from_pretrained raises for files that are missing, damaged or of the wrong shape
 _LOAD_ERRORS = (
-    *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, EOFError),
     *(SafetensorError, StrictDataclassError, pickle.UnpicklingError, httpx2.HTTPError),
 )
 _AGAIN = "try again: what has arrived is kept"
@@ -37,15 +37,22 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             source.location, revision=source.revision or "main", trust_remote_code=section.trust_remote_code
         )
     except _LOAD_ERRORS as error:
-        raise _unreadable(section.path, "its tokenizer cannot be read", error) from error
+        raise _wants_trust(section.path, error) or _unreadable(
+            section.path, "its tokenizer cannot be read", error
+        ) from error
 
 
 def load_model(
-    section: ModelSection, auto_class: str, labels: list[str] | None = None, problem_type: str | None = None
+    section: ModelSection,
+    auto_class: str,
+    labels: list[str] | None = None,
+    problem_type: str | None = None,
+    whole: bool = False,
 ) -> PreTrainedModel:
     """The recipe's model in fp32, with a head for `labels`; its weights are compared with the files.
 
-    problem_type: of transformers' sequence classification, which decides the loss and what a pipeline applies.
+    problem_type: of transformers' sequence classification, which decides the loss and what a pipeline applies. whole:
+    the checkpoint is a finished model, so that nothing may be new, its head least of all.
 
     Raises UserError where the recipe or the checkpoint is wrong, RunError if weights did not arrive.
     """
@@ -79,7 +86,7 @@ def load_model(
         arguments["attn_implementation"] = section.attn_implementation
     if section.implementation == "official":
         arguments["trust_remote_code"] = section.trust_remote_code
-    model = _open(section.path, model_class, location, arguments)
+    model = _open(section.path, model_class, location, arguments, whole)
     if section.implementation == "native":
         model.set_ragged(section.ragged)  # type: ignore[operator]
     assert_same_weights(model, _directory(location, revision) if source.kind == "hub" else Path(location))
@@ -109,25 +116,40 @@ def _native_class(path: str, model_type: str | None, auto_class: str) -> type[Pr
 
 
 def _config(section: ModelSection, config_class, location, revision: str, changes: dict) -> PreTrainedConfig:
+    given: dict[str, Any] = {"revision": revision}
+    if section.implementation == "official":
+        given["trust_remote_code"] = section.trust_remote_code
     try:
-        config = config_class.from_pretrained(location, revision=revision)
+        config = config_class.from_pretrained(location, **given)
         known = set(config.to_dict()) | set(type(config).attribute_map)
         for key in section.config:
             if key not in known:
                 raise UserError(
                     f"model.config.{key}: {type(config).__name__} has no such field{did_you_mean(key, known)}"
                 )
-        config = config_class.from_pretrained(location, revision=revision, **changes)
+        config = config_class.from_pretrained(location, **given, **changes)
         # the changes are set on a config that has been validated without them
         config.validate()
         return config
     except UserError:
         raise
     except _LOAD_ERRORS as error:
-        raise UserError(f"model {section.path}: its config is refused: {_message(error)}") from error
+        raise _wants_trust(section.path, error) or UserError(
+            f"model {section.path}: its config is refused: {_message(error)}"
+        ) from error
 
 
-def _open(path: str, model_class, location, arguments: dict[str, Any]) -> PreTrainedModel:
+def _wants_trust(path: str, error: BaseException) -> UserError | None:
+    """Words where a checkpoint can be opened with its own code only, which nobody has allowed."""
+    if "trust_remote_code=True" not in str(error):
+        return None
+    return UserError(
+        f"model {path}: it opens with code of its own only; read that code, then allow it: model.trust_remote_code: "
+        "true in a recipe, --trust-remote-code for a finished model"
+    )
+
+
+def _open(path: str, model_class, location, arguments: dict[str, Any], whole: bool) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(
             location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -135,12 +157,16 @@ def _open(path: str, model_class, location, arguments: dict[str, Any]) -> PreTra
     except _LOAD_ERRORS as error:
         if "attn_implementation" in arguments and isinstance(error, ImportError | ValueError):
             raise UserError(f"model.attn_implementation: {_message(error)}") from error
-        raise hub_failure(f"model {path}", error, _AGAIN) or UserError(
-            f"model {path}: its weights cannot be read: {_message(error)}; fetch or copy the checkpoint again"
+        raise (
+            _wants_trust(path, error)
+            or hub_failure(f"model {path}", error, _AGAIN)
+            or UserError(
+                f"model {path}: its weights cannot be read: {_message(error)}; fetch or copy the checkpoint again"
+            )
         ) from error
     wrong = {
-        "missing": [key for key in info["missing_keys"] if not _may_be_new(model, key)],
-        "of another shape": [key for key, *_ in info["mismatched_keys"] if not _may_be_new(model, key)],
+        "missing": [key for key in info["missing_keys"] if whole or not _may_be_new(model, key)],
+        "of another shape": [key for key, *_ in info["mismatched_keys"] if whole or not _may_be_new(model, key)],
         "unexpected": [key for key in info["unexpected_keys"] if _has_a_place(model, key)],
     }
     for kind, keys in wrong.items():
@@ -187,6 +213,8 @@ def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = F
         # the load has allowed another shape for a head with other labels
         if tensor.shape == ours.shape or whole:
             seen.add(key)
+            if ours.is_floating_point() and not bool(torch.isfinite(ours).all()):
+                raise RunError(f"{directory}: {name} holds values that are not finite numbers; the weights are damaged")
             if tensor.shape != ours.shape or not torch.equal(tensor.to(ours.dtype), ours):
                 different.append(name)
     what = f"{len(different)} tensors differ, such as {different[0]}" if different else ""
@@ -224,7 +252,8 @@ def _saved_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a checkpoint, in whichever of transformers' forms it has them; one file at a time in memory."""
     for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickled)):
         index = directory / f"{stem}.index.json"
-        if index.exists():
+        # transformers takes the one file where there are both
+        if index.exists() and not (directory / stem).exists():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         else:
             names = [stem] if (directory / stem).exists() else []

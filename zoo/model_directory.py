@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from zoo.tasks import Task, task_of
 from zoo.trainer import writing
 
 METRICS = "metrics.json"
+NEW = ".model-"
 RECIPE = "recipe.yaml"
 
 
@@ -45,13 +47,16 @@ def save(
 
     extras: file name -> its content: the card, predictions, plots.
     """
-    new = output_dir / ".model"
-    shutil.rmtree(new, ignore_errors=True)
+    for leftover in output_dir.glob(f"{NEW}*"):
+        # of a run that was killed here; a link is somebody else's
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
     # standard attention is saved as the official class, so that any tool opens it
     official = recipe.model.implementation == "native" and not has_variant(model)
     # what transformers' pipelines cut at, given truncation=True
     tokenizer.model_max_length = recipe.task.max_length
     with writing(output_dir):
+        new = Path(tempfile.mkdtemp(prefix=NEW, dir=output_dir))
         options: dict[str, Any] = {"official": True} if official else {}
         model.save_pretrained(new, **options)
         tokenizer.save_pretrained(new)
@@ -69,13 +74,19 @@ def save(
 
 def has_variant(model) -> bool:
     """Whether a model has attention that the official class does not know."""
-    from zoo.models.pretrained import is_standard
+    from zoo.models.pretrained import ZooPreTrainedModel, is_standard
 
-    return not is_standard(model.config)
+    return isinstance(model, ZooPreTrainedModel) and not is_standard(model.config)
 
 
 def read_metrics(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    try:
+        metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / METRICS}: cannot be read: {error}; the run's result is damaged") from error
+    if not isinstance(metrics, dict):
+        raise UserError(f"{directory / METRICS}: holds no mapping; the run's result is damaged")
+    return metrics
 
 
 def check_finished(directory: Path) -> None:
@@ -87,15 +98,26 @@ def check_finished(directory: Path) -> None:
         raise UserError(f"{directory}: not a finished run (no {' and no '.join(missing)}); finish it with --resume")
     if not (directory / "config.json").exists():
         seeds = sorted(path.name for path in directory.glob("seed-*"))
+        if not seeds:
+            raise UserError(f"{directory}: has no config.json; the model is damaged")
         raise UserError(f"{directory}: a run of several seeds; name one of them: {', '.join(seeds)}")
 
 
-def open_finished(directory: Path, overrides: Sequence[str] = ()) -> Finished:
-    """Opens what `zoo train` has left. overrides: `section.key=value` on the run's recipe. Raises UserError."""
+def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_code: bool = False) -> Finished:
+    """Opens what `zoo train` has left. overrides: `section.key=value` on the run's recipe. Raises UserError.
+
+    trust_remote_code: the directory's code may be run; what its own recipe says of that does not count.
+    """
     check_finished(directory)
     recipe = load_recipe(str(directory / RECIPE), overrides)
     task = task_of(recipe.task)
-    section = recipe.model.model_copy(update={"path": str(directory.resolve()), "revision": None, "config": {}})
-    model, tokenizer = load_model(section, task.auto_class), load_tokenizer(section)
+    own: dict[str, Any] = {
+        "path": str(directory.resolve()),
+        "revision": None,
+        "config": {},
+        "trust_remote_code": trust_remote_code,
+    }
+    section = recipe.model.model_copy(update=own)
+    model, tokenizer = load_model(section, task.auto_class, whole=True), load_tokenizer(section)
     labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
     return Finished(recipe, task, model, tokenizer, labels)

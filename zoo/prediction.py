@@ -1,6 +1,7 @@
 """`zoo predict`: answers of a finished model for texts, by transformers' own pipelines."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -20,7 +21,9 @@ SHOW_BAR_AFTER_SECONDS = 2
 TOP_WORDS = 5  # for a masked token
 
 
-def run(directory: Path, texts: Sequence[str] = (), file: Path | None = None) -> Iterator[dict[str, Any]]:
+def run(
+    directory: Path, texts: Sequence[str] = (), file: Path | None = None, trust_remote_code: bool = False
+) -> Iterator[dict[str, Any]]:
     """An answer for each text, or each row of a file: `id`, `text`, `predicted` and, of classes, `probabilities`.
 
     file: any the datasets library reads, with a column `text` (and `text_pair`), or the names of the run's own data.
@@ -28,11 +31,14 @@ def run(directory: Path, texts: Sequence[str] = (), file: Path | None = None) ->
     """
     if bool(texts) == (file is not None):
         raise UserError("predict: give texts, or --file; one of the two")
-    finished = open_finished(directory)
+    finished = open_finished(directory, trust_remote_code=trust_remote_code)
     rows = _rows(finished, file) if file is not None else [{"text": text} for text in texts]
     for number, row in enumerate(rows):
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise UserError(f"predict: text {number} is {'empty' if row['text'] == '' else repr(row['text'])}")
+        for role, text in row.items():
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"predict: {role} {number} is {'empty' if text == '' else repr(text)}")
+            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"predict: {role} {number} is not UTF-8: {text[:60]!r}")
         if finished.task.name == "fill-mask" and finished.tokenizer.mask_token not in row["text"]:
             raise UserError(
                 f"predict: text {number} has no {finished.tokenizer.mask_token} to fill: {row['text'][:60]!r}"
@@ -42,7 +48,12 @@ def run(directory: Path, texts: Sequence[str] = (), file: Path | None = None) ->
 
 def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
     """Answers as JSON lines, in place only when all are there; returns how many."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    if output.is_dir() or not output.name:
+        raise UserError(f"--output {str(output)!r}: a directory; name a file")
+    # a link leads to its file; a device or a pipe is written to, not replaced
+    output = output.resolve()
+    plain = output.is_file() or not output.exists()
+    temporary = output.with_name(f".{output.name}.{os.getpid()}") if plain else output
     try:
         stream = temporary.open("w", encoding="utf-8")
     except OSError as error:
@@ -53,13 +64,15 @@ def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
             for answer in answers:
                 stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += 1
-        os.replace(temporary, output)
+        if plain:
+            os.replace(temporary, output)
     except OSError as error:
         raise RunError(
             f"--output {output}: cannot be written: {error.strerror}; make room, and predict again"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if plain:
+            temporary.unlink(missing_ok=True)
     return count
 
 
@@ -113,7 +126,8 @@ def _pipeline(finished: Finished) -> tuple[Pipeline, dict[str, Any]]:
     if task.name == "text-classification":
         return pipe, cut | {"top_k": None}
     if task.name == "token-classification":
-        return pipe, {"aggregation_strategy": "simple"}
+        # a word's tag is learned and measured at its first piece
+        return pipe, {"aggregation_strategy": "first"}
     return pipe, {"top_k": TOP_WORDS, "tokenizer_kwargs": cut}
 
 
@@ -126,6 +140,8 @@ def _in_words(finished: Finished, answer: Any) -> dict[str, Any]:
         masks = answer if isinstance(answer[0], list) else [answer]
         return {"predicted": [[{"word": word["token_str"], "score": word["score"]} for word in mask] for mask in masks]}
     scores = {entry["label"]: entry["score"] for entry in answer}
+    if not all(math.isfinite(score) for score in scores.values()):
+        raise RunError("predict: the model's answer is not finite: its weights or its config are damaged")
     problem_type = finished.task.problem_type
     if problem_type == "regression":
         return {"predicted": next(iter(scores.values()))}

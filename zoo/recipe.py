@@ -93,6 +93,8 @@ class ModelSection(Section):
             yield ("attention",), "official classes know full attention only; use implementation: native"
         if self.implementation == "official" and self.ragged == "on":
             yield ("ragged",), "official classes always run padded; use implementation: native, or ragged: auto"
+        if self.implementation == "native" and self.trust_remote_code:
+            yield ("trust_remote_code",), "native classes run no code of a checkpoint; use implementation: official"
         for name in self.config:
             if name in ("attention", "attention_kwargs"):
                 yield ("config", name), f"write it as model.{name}"
@@ -221,7 +223,7 @@ class Recipe(Section):
     task: TaskSection
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default_factory=list)
     hub: HubSection = Field(default_factory=HubSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
     _file: Path | None = PrivateAttr(default=None)
@@ -275,7 +277,9 @@ class Recipe(Section):
     def smoke(self) -> "Recipe":
         """A copy that runs in seconds: 64 rows a split, 32 tokens, 4 steps, evaluated and saved every 2."""
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
-        task = self.task.model_copy(update={"max_length": min(self.task.max_length, 32)})
+        length = min(self.task.max_length, 32)
+        stride = None if self.task.stride is None else min(self.task.stride, length // 4)
+        task = self.task.model_copy(update={"max_length": length, "stride": stride})
         train = self.train | {"max_steps": 4, "logging_strategy": "steps", "logging_steps": 1}
         for key, largest in (("per_device_train_batch_size", 8), ("per_device_eval_batch_size", 8)):
             train[key] = min(train.get(key, largest), largest)

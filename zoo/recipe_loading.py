@@ -23,8 +23,11 @@ from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_f
 _OWNED_TRAIN_KEYS = {
     "output_dir": "the run's directory is given by --output-dir; remove the key",
     "remove_unused_columns": "the task decides which columns reach the model; remove the key",
-    "push_to_hub": "a run does not upload; remove the key and use 'zoo push' on the finished directory",
-    "hub_": "a run does not upload; remove the key and use 'zoo push' on the finished directory",
+    "push_to_hub": "write it as hub.repo, or use 'zoo push' on the finished directory; remove the key",
+    "hub_": "write it in the section hub, or use 'zoo push' on the finished directory; remove the key",
+    "label_names": "the task decides what the labels are; remove the key",
+    "prediction_loss_only": "a run measures more than the loss; remove the key",
+    "eval_do_concat_batches": "metrics are of all batches together; remove the key",
     "resume_from_checkpoint": "add --resume to the command; remove the key",
     "do_train": "the stage decides what runs; remove the key",
     "do_eval": "the stage decides what runs; remove the key",

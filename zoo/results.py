@@ -29,20 +29,24 @@ def per_class(task: Task, labels: Sequence[str], records: Records) -> dict[str, 
     if task.name == "token-classification":
         report = {kind: values for kind, values in scores(gold, predicted).items() if kind}
     elif task.problem_type == "single_label_classification":
-        report = classification_report(gold, predicted, labels=list(labels), output_dict=True, zero_division=0)
+        report = _report(gold, predicted, list(labels))
     elif task.problem_type == "multi_label_classification":
-        hot = [[[name in chosen for name in labels] for chosen in side] for side in (gold, predicted)]
-        report = classification_report(
-            *map(np.array, hot), target_names=list(labels), output_dict=True, zero_division=0
-        )
+        hot = [np.array([[name in chosen for name in labels] for chosen in side]) for side in (gold, predicted)]
+        report = _report(hot[0], hot[1], list(labels), by_name=False)
     else:
         return None
-    averages = ("micro avg", "macro avg", "weighted avg", "samples avg", "accuracy")
-    classes = {name: values for name, values in report.items() if name not in averages}
     return {
         name: {key.replace("f1-score", "f1"): round(float(value), 6) for key, value in values.items()}
-        for name, values in classes.items()
+        for name, values in report.items()
     }
+
+
+def _report(gold: Any, predicted: Any, labels: list[str], by_name: bool = True) -> dict[str, dict[str, float]]:
+    """sklearn's, which puts its averages beside the classes: under numbers, a class may be called as one of them."""
+    numbers = [str(number) for number in range(len(labels))]
+    named = {"labels": labels} if by_name else {}
+    found = classification_report(gold, predicted, target_names=numbers, output_dict=True, zero_division=0, **named)
+    return {label: found[number] for label, number in zip(labels, numbers, strict=True)}
 
 
 def confusion(labels: Sequence[str], records: Records) -> np.ndarray:
@@ -90,8 +94,10 @@ def confusion_picture(labels: Sequence[str], matrix: np.ndarray) -> bytes:
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the gold class")
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+    # between dollars matplotlib reads formulas
+    shown = [label.replace("$", r"\$") for label in labels]
+    axes.set_xticks(range(len(labels)), shown, rotation=60, ha="right")
+    axes.set_yticks(range(len(labels)), shown)
     axes.set_xlabel("predicted")
     axes.set_ylabel("gold")
     if len(labels) <= 20:

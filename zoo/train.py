@@ -19,18 +19,19 @@ from zoo.card import card
 from zoo.data import Splits, WithDraws, load_splits, room_in_cache
 from zoo.environment import environment
 from zoo.errors import UserError, did_you_mean
-from zoo.files import as_json, write_text
+from zoo.files import as_json, write_json, write_text
 from zoo.loading import load_model, load_tokenizer
-from zoo.memory import peak_memory_bytes
+from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.tasks import COUNTED, Task, task_of
-from zoo.tasks.metrics import own_metrics
+from zoo.tasks.metrics import OURS, own_metrics
 from zoo.tasks.text_classification import pooled, weighted_loss
 from zoo.trainer import EventLog, ZooTrainer, newest_complete
 
 LOCK = ".lock"
+PUSHED = ".pushed.json"
 # families whose first token stands behind the position of padding
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
@@ -44,7 +45,9 @@ def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any
     check_directory(recipe, output_dir, resume)
     if (output_dir / METRICS).exists():
         print(f"{output_dir} is finished; nothing is trained again")
-        return read_metrics(output_dir)
+        metrics = read_metrics(output_dir)
+        _push(recipe, output_dir)
+        return metrics
     with alone(output_dir):
         # another run may have begun, or ended, since
         check_directory(recipe, output_dir, resume)
@@ -58,6 +61,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     arguments = training_arguments(recipe, output_dir)
     _check_choice(arguments, recipe, task)
     set_seed(arguments.seed)
+    reset_peak_memory()
     tokenizer = load_tokenizer(recipe.model)
     splits = load_splits(recipe.data, task.roles, arguments.seed, kind=task.labels)
     for note in splits.notes:
@@ -89,10 +93,18 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
     save(recipe, model, tokenizer, metrics, output_dir, _extras(recipe, task, model, trainer, splits, metrics, records))
     events.write("finished", trainer.state.global_step, metrics)
-    if recipe.hub.repo is not None:
-        pushed = hub.push(output_dir, recipe.hub.repo, recipe.hub.private, recipe.hub.branch)
-        print(f"pushed to {pushed['url']}")
+    _push(recipe, output_dir)
     return metrics
+
+
+def _push(recipe: Recipe, output_dir: Path) -> None:
+    """To the recipe's repository, once: a push that failed is made up for by --resume."""
+    done = output_dir / PUSHED
+    if recipe.hub.repo is None or done.exists():
+        return
+    pushed = hub.push(output_dir, recipe.hub.repo, recipe.hub.private, recipe.hub.branch)
+    write_json(done, {name: pushed[name] for name in ("repo", "url", "commit")})
+    print(f"pushed to {pushed['url']}")
 
 
 def _extras(
@@ -196,13 +208,32 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         "include_for_metrics": ["loss"],
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
+    for key in _AT_LEAST_ONE:
+        if recipe.train.get(key) is not None and recipe.train[key] < 1:
+            raise UserError(f"train.{key}: {recipe.train[key]}; give 1 or more")
+    for key in ("seed", "data_seed"):
+        if recipe.train.get(key) is not None and not 0 <= recipe.train[key] < 2**32:
+            raise UserError(f"train.{key}: {recipe.train[key]}; a seed is a number from 0 to 2**32 - 1")
+    metric = str(recipe.train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    foreign = recipe.task.metrics.keys() - OURS.keys()
+    if metric in LOWER_IS_BETTER:
+        # the library looks at the end of the name only, and would take the worst of these for the best
+        defaults["greater_is_better"] = False
+    elif foreign - {metric} != foreign and "greater_is_better" not in recipe.train:
+        raise UserError(f"train.metric_for_best_model: {metric}: say train.greater_is_better, true or false")
     try:
         return TrainingArguments(
             output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **(defaults | recipe.train)
         )
-    except _REFUSALS as error:
+    except (*_REFUSALS, OSError, AttributeError) as error:
         raise _refused(error) from error
 
+
+LOWER_IS_BETTER = ("mse", "mae", "perplexity", "calibration_error")
+_AT_LEAST_ONE = (
+    *("gradient_accumulation_steps", "eval_accumulation_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+)
 
 # what transformers raises for values that its source alone does not rule out
 _REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, KeyError)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -238,23 +239,25 @@ def mark_complete(directory: Path) -> None:
 
 def newest_complete(run_dir: Path) -> Path | None:
     """The latest checkpoint whose files are all as they were when it was marked complete; broken ones are removed."""
-    found = [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    numbered = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+")
+    found = [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if numbered.fullmatch(path.name)]
     for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if _is_complete(checkpoint):
             return checkpoint
         print(f"{checkpoint} is not complete (the run was stopped while writing it); it is removed")
-        shutil.rmtree(checkpoint)
+        # a file, or a link, of that name is not followed
+        shutil.rmtree(checkpoint) if checkpoint.is_dir() and not checkpoint.is_symlink() else checkpoint.unlink()
     return None
 
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / COMPLETE).read_text())["files"]
-        return all(
+        return bool(files) and all(
             (checkpoint / name).stat().st_size == file["size"] and sha256(checkpoint / name) == file["sha256"]
             for name, file in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -72,6 +72,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
         # from now on, so that whoever reads the address may ask at once
         listener.listen()
-    except OSError as error:
-        raise UserError(f"{host}:{port}: cannot be listened at: {error.strerror}; choose another --port") from error
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{host}:{port}: cannot be listened at: {why}; choose another --port") from error
     return listener

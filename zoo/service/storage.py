@@ -115,6 +115,10 @@ class Storage:
         for leftover in self.incoming.iterdir():
             leftover.unlink()
 
+    def close(self) -> None:
+        """Leaves the directory to another; the end of the process does the same."""
+        self._lock.release()
+
     # Files by hash
 
     def blob(self, digest: str) -> Path:

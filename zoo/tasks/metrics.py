@@ -1,6 +1,7 @@
 """A recipe's own metrics (`task.metrics`): modules of the evaluate library, ours, a file's, or the hub's."""
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +75,4 @@ def _computed(
         result = module.compute(**columns, **options)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"task.metrics.{name}: refused what it was given: {str(error)[:300]}") from error
-    return {key: float(value) for key, value in (result or {}).items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in (result or {}).items() if isinstance(value, Real)}
