@@ -205,6 +205,11 @@ def train(
         loaded = loaded.smoke() if smoke else loaded
         directory = output_dir or Path("runs") / (loaded.name + ("-smoke" if smoke else ""))
         quiet_libraries()
+        if smoke and output_dir is None and not resume:
+            # one trial takes the place of another
+            from zoo.train import discard
+
+            discard(directory)
         if loaded.seeds:
             from zoo.seeds import run
         else:

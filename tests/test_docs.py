@@ -83,8 +83,7 @@ def run(folder: Path, command: str) -> str:
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith(NOT_RUN)])
 def test_commands_run(place, command):
     line, _, target = command.partition(" > ")
-    for output in ("runs/longer", "runs/bert-finetune-topics-smoke"):
-        shutil.rmtree(place / output, ignore_errors=True)
+    shutil.rmtree(place / "runs" / "longer", ignore_errors=True)
     if "cp " in line:
         (place / line.split()[-1]).unlink(missing_ok=True)
     said = run(place, line)

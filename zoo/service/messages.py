@@ -77,6 +77,11 @@ async def no_room(request: Request, error: Exception) -> Response:
     return error_answer(507, f"the server cannot read or write: {error.strerror}")
 
 
+async def no_text(request: Request, error: Exception) -> Response:
+    # half a surrogate pair, or bytes that are not UTF-8: nothing that can be a name or a text
+    return error_answer(400, f"the request holds text that is not UTF-8: {type(error).__name__}")
+
+
 # Requests
 
 
@@ -124,7 +129,7 @@ def listed(entry: dict[str, Any], name: str) -> list:
 def decoded(content: str) -> bytes:
     try:
         return base64.b64decode(content, validate=True)
-    except binascii.Error as error:
+    except (binascii.Error, ValueError) as error:
         raise Refused(400, f"not base64: {error}") from error
 
 
