@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
+import cli
 from tests.commands import zoo
+from zoo.errors import UserError
 from zoo.recipe_loading import load_recipe, shipped_recipes
 
 REPO = Path(__file__).parents[1]
@@ -164,6 +167,25 @@ def test_interrupted_and_resumed(folder, number, status):
         assert code == 0, (number, err)
     ends = [load_file(folder / name / "model.safetensors") for name in ("run", "whole")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+def test_what_nobody_expected(monkeypatch, capsys):
+    """The last net: a line and exit status 1, and the whole of it for those who ask."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(typer.Exit) as caught, cli._ending():
+            raise KeyError("nobody")
+        said = capsys.readouterr().err
+        assert caught.value.exit_code == 1 and said.startswith("zoo: unexpected KeyError: 'nobody' (test_cli.py:")
+        assert "ZOO_DEBUG=1 shows the whole of it" in said and said.count("\n") == 1
+        monkeypatch.setenv("ZOO_DEBUG", "1")
+        with pytest.raises(KeyError), cli._ending():
+            raise KeyError("nobody")
+        with pytest.raises(typer.Exit) as caught, cli._ending():
+            raise UserError("wrong")
+        assert caught.value.exit_code == 2 and "Traceback" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 # The start

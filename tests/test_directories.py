@@ -79,6 +79,30 @@ def test_metrics_that_are_damaged(topics_run, copy, content):
         run(topics, copy, resume=True)
 
 
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": 0}, {"num_attention_heads": 0}, {"num_hidden_layers": 0}, {"id2label": "x"}, {"id2label": [1]},
+    {"pad_token_id": 100_000}, {"dtype": "bogus"}, {"quantization_config": 5},
+], ids=str)  # fmt: skip
+def test_configs_that_are_damaged(copy, changes):
+    edit(copy / "config.json", **changes)
+    assert f"model {copy}" in refused(copy) or str(copy) in refused(copy)
+
+
+@pytest.mark.parametrize("content", ["[1]", '"x"', "{", ""])
+def test_configs_that_are_none(copy, content):
+    (copy / "config.json").write_text(content)
+    assert "no readable config.json" in refused(copy)
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("tokenizer.json", "null"), ("tokenizer.json", '{"model": {"type": "x"}}'), ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+])  # fmt: skip
+def test_tokenizers_that_are_damaged(copy, file, content):
+    (copy / file).write_text(content)
+    assert "its tokenizer cannot be read" in refused(copy)
+
+
 # Code
 
 

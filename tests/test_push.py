@@ -93,6 +93,7 @@ def test_what_cannot_be_pushed(topics_run, tmp_path, monkeypatch):
     (copy / "README.md").unlink()
     assert "a model without a card" in refused(copy, "topics")
     assert "cannot name a repository" in refused(topics_run, "a/b/c")
+    assert "cannot name a repository" in refused(topics_run, "!! not a name", dry_run=True)
     monkeypatch.setenv("HF_TOKEN", "a-wrong-token-altogether")
     assert "does not accept the token: Invalid credentials" in refused(topics_run, "topics")
     monkeypatch.delenv("HF_TOKEN")

@@ -24,10 +24,7 @@ _AGAIN = "nothing is committed, push again"
 
 def check(repo: str) -> str:
     """The full name of a repository that this token may write to. Raises UserError, RunError where the hub is away."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"{repo}: cannot name a repository: {error}") from error
+    _check_name(repo)
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{repo}: HF_HUB_OFFLINE is set, and a push needs the hub; unset it")
     if get_token() is None:
@@ -47,6 +44,13 @@ def check(repo: str) -> str:
     return full
 
 
+def _check_name(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo}: cannot name a repository: {error}") from error
+
+
 def push(
     directory: Path, repo: str, private: bool = False, branch: str | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
@@ -54,6 +58,7 @@ def push(
 
     dry_run: nothing is sent, and no hub is asked. Raises UserError, or RunError where the hub fails.
     """
+    _check_name(repo)
     files = contents(directory)
     answer: dict[str, Any] = {
         "repo": repo,

@@ -25,6 +25,7 @@ from zoo.sources import resolve
 # what from_pretrained raises for files that are missing, damaged or of the wrong shape
 _LOAD_ERRORS = (
     *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, EOFError),
+    *(ArithmeticError, IndexError, AssertionError),
     *(SafetensorError, StrictDataclassError, pickle.UnpicklingError, httpx2.HTTPError),
 )
 _AGAIN = "try again: what has arrived is kept"
@@ -62,7 +63,7 @@ def load_model(
         fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
     except _LOAD_ERRORS as error:
         raise _unreadable(section.path, "no readable config.json", error) from error
-    if not fields.get("model_type"):
+    if not isinstance(fields, dict) or not fields.get("model_type"):
         raise UserError(f"model {section.path}: no readable config.json: it is missing, or names no model_type")
     changes = dict(section.config)
     if labels:
@@ -167,7 +168,7 @@ def _open(path: str, model_class, location, arguments: dict[str, Any], whole: bo
     wrong = {
         "missing": [key for key in info["missing_keys"] if whole or not _may_be_new(model, key)],
         "of another shape": [key for key, *_ in info["mismatched_keys"] if whole or not _may_be_new(model, key)],
-        "unexpected": [key for key in info["unexpected_keys"] if _has_a_place(model, key)],
+        "unexpected": [key for key in info["unexpected_keys"] if whole or _has_a_place(model, key)],
     }
     for kind, keys in wrong.items():
         if keys:

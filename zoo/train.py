@@ -152,7 +152,7 @@ def check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
                 f"--output-dir {output_dir}: holds {state} run; add --resume to continue it, delete it, or choose "
                 "another --output-dir"
             )
-        if old.read_text(encoding="utf-8") != recipe.to_yaml():
+        if not old.is_file() or old.read_bytes() != recipe.to_yaml().encode():
             raise UserError(f"--output-dir {output_dir}: its run had another recipe ({old}); choose another directory")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
