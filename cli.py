@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zoo.errors import Interrupted, RunError, UserError
+from zoo.errors import Interrupted, RunError, UserError, unexpected
 from zoo.quiet import quiet_libraries
 
 DEBUG = "ZOO_DEBUG"  # set, tracebacks are shown
@@ -64,10 +64,7 @@ def _ending() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, typer.Exit) or os.environ.get(DEBUG):
             raise
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        said = " ".join(str(error).split())[:500]
-        text = f"zoo: unexpected {type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
-        typer.secho(f"{text}; {DEBUG}=1 shows the whole of it: please report it", err=True, fg="red")
+        typer.secho(f"zoo: {unexpected(error)}; {DEBUG}=1 shows the whole of it: please report it", err=True, fg="red")
         raise typer.Exit(1) from None
 
 
@@ -406,31 +403,15 @@ def bench_finetune(
             print(json.dumps(result) if as_json else bench.table(result), file=answer)
 
 
-# of the numbers that are no share or loss
-_SHAPES = {"perplexity": "{:.2f}", "samples_per_second": "{:.1f}", "runtime": "{:.0f} s"}
-_NOT_SHOWN = ("epoch", "_low", "_high")
-
-
 def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, directory: Path) -> None:
     if as_json:
         print(json.dumps({"directory": str(directory), **metrics}), file=answer)
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        base = name.removesuffix("_mean")
-        if base == "peak_memory_bytes":
-            table.add_row("peak memory", f"{value / 2**20:,.0f} MiB")
-        elif isinstance(value, float) and not base.endswith(_NOT_SHOWN):
-            shape = next((shape for ending, shape in _SHAPES.items() if base.endswith(ending)), "{:.4f}")
-            # of several seeds: the half width of the mean's 95 % interval
-            spread = f" ± {shape.format(metrics[f'{base}_high'] - value)}" if f"{base}_high" in metrics else ""
-            table.add_row(name, shape.format(value) + spread)
-    Console().print(table)
+    from zoo.report import metrics_table
+
+    Console().print(metrics_table(metrics, title))
 
 
 if __name__ == "__main__":

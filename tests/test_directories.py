@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import zoo.evaluation
 import zoo.prediction
 from tests.test_runs import RUNS, files, recipe, write_jsonl
-from zoo import hub
 from zoo.data import load_splits
 from zoo.errors import RunError, UserError
 from zoo.recipe import DataSection
@@ -198,27 +197,6 @@ def test_labels_between_dollars(tiny_bert, tmp_path):
 def test_the_best_is_the_best(tmp_path, kind, metric, greater):
     asked = recipe(Path("x"), RUNS[kind][0], {"path": "x"}, metric_for_best_model=metric)
     assert training_arguments(asked, tmp_path).greater_is_better is greater
-
-
-def test_a_push_that_failed_is_made_up_for(tiny_bert, topics_run, tmp_path, monkeypatch):
-    small = recipe(tiny_bert, RUNS["one label"][0], files(topics_run.parent, "topics"), max_steps=3)
-    pushing = small.model_copy(update={"hub": small.hub.model_copy(update={"repo": "zoo/late"})})
-    sent: list[str] = []
-
-    def push(directory, repo, private, branch):
-        sent.append(repo)
-        if len(sent) == 1:
-            raise RunError("the hub went away")
-        return {"repo": repo, "url": "http://x", "commit": "c"}
-
-    # the hub itself is tested in test_push; here it fails when it is told to
-    monkeypatch.setattr(hub, "check", lambda repo: repo)
-    monkeypatch.setattr(hub, "push", push)
-    with pytest.raises(RunError, match="went away"):
-        run(pushing, tmp_path / "run")
-    run(pushing, tmp_path / "run", resume=True)
-    run(pushing, tmp_path / "run", resume=True)
-    assert sent == ["zoo/late"] * 2
 
 
 # Data

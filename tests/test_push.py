@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -212,3 +213,26 @@ def test_the_hub_is_asked_before_training(server, tiny_bert, topics_run, tmp_pat
     run(pushing, tmp_path / "run")
     assert server.api().model_info("zoo/trained").private
     assert "model.safetensors" in server.api().list_repo_files("zoo/trained")
+
+
+def test_a_push_that_failed_is_made_up_for(tiny_bert, topics_run, tmp_path, monkeypatch):
+    """The hub's disk is full: the run is finished, and --resume pushes what it has left."""
+    started = start(tmp_path / "hub")
+    monkeypatch.setattr(constants, "ENDPOINT", started.address)
+    small = recipe(tiny_bert, RUNS["one label"][0], files(topics_run.parent, "topics"), max_steps=3)
+    pushing = small.model_copy(update={"hub": small.hub.model_copy(update={"repo": "zoo/late"})})
+    no_limit = resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE)
+    try:
+        resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE, (1_000, no_limit[1]))
+        with pytest.raises(RunError, match="nothing is committed, push again"):
+            run(pushing, tmp_path / "run")
+        assert (tmp_path / "run" / "metrics.json").exists()
+        resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE, no_limit)
+        run(pushing, tmp_path / "run", resume=True)
+        assert "model.safetensors" in started.api().list_repo_files("zoo/late")
+        head = started.api().model_info("zoo/late").sha
+        (tmp_path / "run" / "README.md").write_text("# another card")
+        run(pushing, tmp_path / "run", resume=True)
+        assert started.api().model_info("zoo/late").sha == head, "it is pushed once"
+    finally:
+        started.process.terminate()

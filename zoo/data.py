@@ -24,6 +24,11 @@ from zoo.sources import Source, resolve
 # file ending -> the datasets library's name for its reader; recipes may name any other reader
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _BUILDERS |= {".txt": "text", ".conll": "conll"}
+# what readers raise for files that are not what they should be: damaged archives and empty files too
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError, httpx2.HTTPError),
+    *(EOFError, StopIteration, IndexError, AttributeError, KeyError, tarfile.TarError, zlib.error),
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAB_SEPARATED = {".tsv", ".tab"}
 
@@ -40,24 +45,6 @@ class Splits:
     test: Dataset | None
     labels: list[str]
     notes: list[str]
-
-
-# what readers raise for files that are no such files: damaged archives, empty ones
-_ODD = (EOFError, StopIteration, IndexError, AttributeError, KeyError, tarfile.TarError, zlib.error)
-
-
-def _check_json(arguments: dict[str, Any]) -> None:
-    """Refuses JSON that holds no rows: the reader beneath ends the whole process over some of it."""
-    for file in dict(arguments.get("data_files") or {}).values() if arguments["path"] == "json" else ():
-        try:
-            with Path(file).open("rb") as stream:
-                start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        except OSError as error:
-            raise UserError(f"data {Path(file).name}: cannot be read: {error.strerror}") from error
-        # compressed files are told by their names, and read as ever
-        if start not in (b"{", b"[") and not Path(file).name.endswith((".gz", ".zst", ".xz", ".bz2", ".zip")):
-            what = "is empty" if not start else f"begins with {start!r}"
-            raise UserError(f"data {Path(file).name}: {what}; JSON lines hold an object each, {{...}}, and JSON a list")
 
 
 @contextmanager
@@ -121,15 +108,7 @@ def _read(section: DataSection) -> DatasetDict:
     try:
         with room_in_cache():
             loaded = datasets.load_dataset(**arguments)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-        httpx2.HTTPError,
-        *_ODD,
-    ) as error:
+    except _UNREADABLE as error:
         cause = str(error.__cause__ or error).strip().splitlines()
         of_the_hub = None
         if source.kind == "hub":
@@ -138,6 +117,20 @@ def _read(section: DataSection) -> DatasetDict:
         words = f"{reading}: cannot be read: {why}; check data.format, data.options and the file itself"
         raise of_the_hub or UserError(words) from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def _check_json(arguments: dict[str, Any]) -> None:
+    """Refuses JSON that holds no rows: the reader beneath ends the whole process over some of it."""
+    for file in dict(arguments.get("data_files") or {}).values() if arguments["path"] == "json" else ():
+        try:
+            with Path(file).open("rb") as stream:
+                start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        except OSError as error:
+            raise UserError(f"data {Path(file).name}: cannot be read: {error.strerror}") from error
+        # compressed files are told by their names, and read as ever
+        if start not in (b"{", b"[") and not Path(file).name.endswith((".gz", ".zst", ".xz", ".bz2", ".zip")):
+            what = "is empty" if not start else f"begins with {start!r}"
+            raise UserError(f"data {Path(file).name}: {what}; JSON lines hold an object each, {{...}}, and JSON a list")
 
 
 def read_rows(file: Path) -> Dataset:

@@ -1,8 +1,10 @@
 """How a command ends badly, and how the problems of a text a person wrote are gathered, placed and worded."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Keys = tuple[Any, ...]  # the path of a value: ("train", "learning_rate")
@@ -22,6 +24,13 @@ class Interrupted(BaseException):
     def __init__(self, number: int, saved: str = ""):
         super().__init__(f"interrupted{saved}")
         self.status = 128 + number
+
+
+def unexpected(error: BaseException) -> str:
+    """What nobody has foreseen, in a line: its kind, its words, and where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())[:500]
+    return f"unexpected {type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
 
 
 def did_you_mean(word: object, candidates: Iterable[str]) -> str:

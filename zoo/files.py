@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def sha256(path: Path) -> str:
@@ -12,16 +14,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name, then renames: a reader never sees half a file. A link leads to its file."""
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A text file under a temporary name, renamed when it is whole: a reader never sees half of it.
+
+    A link leads to its file. A device or a pipe is written to, not replaced.
+    """
     path = path.resolve()
     if path.exists() and not path.is_file():
-        # a device or a pipe: to be written to, not to be replaced
-        path.write_text(text, encoding="utf-8")
+        with path.open("w", encoding="utf-8") as stream:
+            yield stream
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yield stream
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as stream:
+        stream.write(text)
 
 
 def as_json(value: Any) -> str:

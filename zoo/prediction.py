@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import Pipeline, TextClassificationPipeline, pipeline
 
 from zoo.data import read_rows
 from zoo.errors import RunError, UserError
+from zoo.files import replacing
 from zoo.model_directory import Finished, open_finished
 from zoo.tasks.text_classification import threshold
 
@@ -37,7 +38,7 @@ def run(
         for role, text in row.items():
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"predict: {role} {number} is {'empty' if text == '' else repr(text)}")
-            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise UserError(f"predict: {role} {number} is not UTF-8: {text[:60]!r}")
         if finished.task.name == "fill-mask" and finished.tokenizer.mask_token not in row["text"]:
             raise UserError(
@@ -50,29 +51,19 @@ def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
     """Answers as JSON lines, in place only when all are there; returns how many."""
     if output.is_dir() or not output.name:
         raise UserError(f"--output {str(output)!r}: a directory; name a file")
-    # a link leads to its file; a device or a pipe is written to, not replaced
-    output = output.resolve()
-    plain = output.is_file() or not output.exists()
-    temporary = output.with_name(f".{output.name}.{os.getpid()}") if plain else output
-    try:
-        stream = temporary.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error.strerror}") from error
     count = 0
     try:
-        with stream:
+        with ExitStack() as stack:
+            try:
+                stream = stack.enter_context(replacing(output))
+            except OSError as error:
+                raise UserError(f"--output {output}: cannot be written: {error.strerror}") from error
             for answer in answers:
                 stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += 1
-        if plain:
-            os.replace(temporary, output)
     except OSError as error:
-        raise RunError(
-            f"--output {output}: cannot be written: {error.strerror}; make room, and predict again"
-        ) from error
-    finally:
-        if plain:
-            temporary.unlink(missing_ok=True)
+        why = f"cannot be written: {error.strerror}; make room, and predict again"
+        raise RunError(f"--output {output}: {why}") from error
     return count
 
 

@@ -26,12 +26,17 @@ from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
-from zoo.tasks import COUNTED, Task, task_of
+from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, own_metrics
 from zoo.tasks.text_classification import pooled, weighted_loss
 from zoo.trainer import EventLog, ZooTrainer, newest_complete
 
 LOCK = ".lock"
+# of the train section: numbers that make no sense below 1
+_AT_LEAST_ONE = (
+    *("gradient_accumulation_steps", "eval_accumulation_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+)
 PUSHED = ".pushed.json"
 # families whose first token stands behind the position of padding
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
@@ -223,11 +228,10 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         if recipe.train.get(key) is not None and not 0 <= recipe.train[key] < 2**32:
             raise UserError(f"train.{key}: {recipe.train[key]}; a seed is a number from 0 to 2**32 - 1")
     metric = str(recipe.train.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    foreign = recipe.task.metrics.keys() - OURS.keys()
     if metric in LOWER_IS_BETTER:
         # the library looks at the end of the name only, and would take the worst of these for the best
         defaults["greater_is_better"] = False
-    elif foreign - {metric} != foreign and "greater_is_better" not in recipe.train:
+    elif metric in recipe.task.metrics.keys() - OURS.keys() and "greater_is_better" not in recipe.train:
         raise UserError(f"train.metric_for_best_model: {metric}: say train.greater_is_better, true or false")
     try:
         return TrainingArguments(
@@ -236,12 +240,6 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     except (*_REFUSALS, OSError, AttributeError) as error:
         raise _refused(error) from error
 
-
-LOWER_IS_BETTER = ("mse", "mae", "perplexity", "calibration_error")
-_AT_LEAST_ONE = (
-    *("gradient_accumulation_steps", "eval_accumulation_steps"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size"),
-)
 
 # what transformers raises for values that its source alone does not rule out
 _REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, KeyError)

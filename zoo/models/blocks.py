@@ -148,7 +148,7 @@ class Block(GradientCheckpointingLayer):
         self.mlp_norm = make_norm(spec)
         self.dropout = Dropout(spec.hidden_dropout)
         other = spec.attention_output_dropout
-        self.attention_dropout = self.dropout if other is None else Dropout(other)
+        self.attention_output_dropout = Dropout(spec.hidden_dropout if other is None else other)
         self.pre_norm = spec.norm_place == "pre"
 
     def forward(
@@ -168,7 +168,7 @@ class Block(GradientCheckpointingLayer):
             memory = self.self_attn_norm(hidden_states) if self.pre_norm else hidden_states
             attend |= {"key_value_states": memory, "packing": packing.first, "kv_packing": packing, "first_only": True}
             hidden_states = packing.first_tokens(hidden_states)
-        dropout = self.attention_dropout
+        dropout = self.attention_output_dropout
         hidden_states = self._residual(hidden_states, self.self_attn, self.self_attn_norm, dropout, attend)
         if encoder_hidden_states is not None:
             attend = {

@@ -12,14 +12,15 @@ class BertEmbeddings(nn.Module):
     """Word + position + segment embeddings, normed (BERT, arXiv 1810.04805, section 3). Official names.
 
     Ids are (batch, length), or (tokens,) when packed; position_ids have the same shape or broadcast to it. width: of
-    the vectors, where it is not the hidden size.
+    the vectors, where it is not the hidden size. padding_position: one that is not learned (RoBERTa).
     """
 
-    def __init__(self, config, width: int | None = None):
+    def __init__(self, config, width: int | None = None, padding_position: int | None = None):
         super().__init__()
         width = width or config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        positions = config.max_position_embeddings
+        self.position_embeddings = nn.Embedding(positions, width, padding_idx=padding_position)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)

@@ -3,6 +3,7 @@
 A family's class adds its tree: the layers under their official names, and what `score` or `transform` makes of states.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .dropout import Dropout
-from .heads import classification_loss, next_token_labels, span_loss, token_loss
+from .heads import classification_loss, next_token_labels, span_answer, token_answer, token_loss
 from .losses import IGNORED, linear_cross_entropy
 from .pretrained import ZooPreTrainedModel
 from .ragged import kept_logits, padded, recorded, token_labels, unpack_states
@@ -61,10 +62,9 @@ class EncoderHead(_Base):
 class TokenPredictor(EncoderHead):
     """A head that predicts tokens: `transform` leads from states to the decoder, `get_output_embeddings()`."""
 
-    accepts_loss_kwargs = True
+    transform: Callable[[torch.Tensor], torch.Tensor]
 
-    def transform(self, states: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    accepts_loss_kwargs = True
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.get_output_embeddings()(self.transform(states))
@@ -228,8 +228,7 @@ class TokenClassification(EncoderHead):
     ) -> TokenClassifierOutput:
         output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(output.last_hidden_state))
-        loss = None if labels is None else token_loss(logits.flatten(0, -2), token_labels(labels, packing))
-        return TokenClassifierOutput(loss, padded(logits, packing), **recorded(output, packing))
+        return TokenClassifierOutput(*token_answer(logits, labels, packing), **recorded(output, packing))
 
 
 class QuestionAnswering(EncoderHead):
@@ -258,8 +257,5 @@ class QuestionAnswering(EncoderHead):
     ) -> QuestionAnsweringModelOutput:
         output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(self.dropout(output.last_hidden_state))
-        start, end = padded(logits, packing, fill=torch.finfo(logits.dtype).min).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = span_loss(start, end, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(loss, start.contiguous(), end.contiguous(), **recorded(output, packing))
+        answer = span_answer(logits, start_positions, end_positions, packing)
+        return QuestionAnsweringModelOutput(*answer, **recorded(output, packing))

@@ -6,6 +6,7 @@ from torch import nn
 
 from .blocks import make_activation
 from .losses import IGNORED
+from .ragged import Packing, padded, token_labels
 
 
 class BertPooler(nn.Module):
@@ -82,6 +83,23 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, num_items=None) -> to
     if num_items is None:
         return F.cross_entropy(logits, labels)
     return F.cross_entropy(logits, labels, reduction="sum") / num_items
+
+
+def token_answer(logits, labels, packing: Packing | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(loss, padded logits) of (batch, length, classes), or packed (tokens, classes)."""
+    loss = None if labels is None else token_loss(logits.flatten(0, -2), token_labels(labels, packing))
+    return loss, padded(logits, packing)
+
+
+def span_answer(
+    logits, start_positions, end_positions, packing: Packing | None = None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(loss, start logits, end logits) of (..., 2). Packed, padding gets the lowest logit, so that no span is there."""
+    start, end = padded(logits, packing, fill=torch.finfo(logits.dtype).min).unbind(-1)
+    loss = None
+    if start_positions is not None and end_positions is not None:
+        loss = span_loss(start, end, start_positions, end_positions)
+    return loss, start.contiguous(), end.contiguous()
 
 
 def span_loss(start_logits, end_logits, start_positions, end_positions) -> torch.Tensor:

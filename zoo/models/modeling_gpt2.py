@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import LayerMasks
 from .blocks import Block, BlockSpec
 from .dropout import Dropout
-from .heads import classification_loss, next_token_labels, span_loss, token_loss
+from .heads import classification_loss, next_token_labels, span_answer, token_answer, token_loss
 from .losses import linear_cross_entropy
 from .pretrained import VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
 from .ragged import (
@@ -35,7 +35,6 @@ from .ragged import (
     kept_logits,
     padded,
     recorded,
-    token_labels,
     unpack_output,
     unpack_states,
 )
@@ -343,8 +342,7 @@ class ZooGPT2ForTokenClassification(_Head):
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache, **kwargs
         )
         logits = self.classifier(self.dropout(output.last_hidden_state))
-        loss = None if labels is None else token_loss(logits.flatten(0, -2), token_labels(labels, packing))
-        return TokenClassifierOutput(loss, padded(logits, packing), **recorded(output, packing))
+        return TokenClassifierOutput(*token_answer(logits, labels, packing), **recorded(output, packing))
 
 
 class ZooGPT2ForQuestionAnswering(_Head):
@@ -371,11 +369,8 @@ class ZooGPT2ForQuestionAnswering(_Head):
             input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, None, **kwargs
         )
         logits = self.qa_outputs(output.last_hidden_state)
-        start, end = padded(logits, packing, fill=torch.finfo(logits.dtype).min).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = span_loss(start, end, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(loss, start.contiguous(), end.contiguous(), **recorded(output, packing))
+        answer = span_answer(logits, start_positions, end_positions, packing)
+        return QuestionAnsweringModelOutput(*answer, **recorded(output, packing))
 
 
 register_key_map(["ZooGPT2Model"], KEY_MAP)

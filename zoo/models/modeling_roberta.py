@@ -63,11 +63,7 @@ class ZooRobertaModel(EncoderModel, ZooRobertaPreTrainedModel):
 
     def __init__(self, config: ZooRobertaConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        self.embeddings = BertEmbeddings(config)
-        # padding has a position of its own, which is not learned
-        self.embeddings.position_embeddings = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size, padding_idx=config.pad_token_id
-        )
+        self.embeddings = BertEmbeddings(config, padding_position=config.pad_token_id)
         spec = block_spec(config)  # type: ignore[arg-type]  # which has the fields of BERT's
         self.layers = nn.ModuleList(Block(config, spec, index) for index in range(config.num_hidden_layers))
         self.pooler = BertPooler(config) if add_pooling_layer else None

@@ -20,10 +20,10 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.utils.generic import can_return_tuple
 
 from .dropout import Dropout
-from .heads import classification_loss, span_loss, token_loss
+from .heads import classification_loss, span_answer, token_answer, token_loss
 from .losses import IGNORED, linear_cross_entropy
 from .pretrained import register_key_map
-from .ragged import padded, recorded, token_labels
+from .ragged import recorded
 from .t5_stack import GATED, PLAIN, ZooT5Config, ZooT5PreTrainedModel, ZooT5Stack, key_map
 
 
@@ -288,8 +288,7 @@ class ZooT5ForTokenClassification(ZooT5PreTrainedModel):
         packing = self.transformer.encoder.plan(input_ids, inputs_embeds, attention_mask, **kwargs)
         output = self.transformer(input_ids, attention_mask, inputs_embeds, packing=packing, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(output.last_hidden_state))
-        loss = None if labels is None else token_loss(logits.flatten(0, -2), token_labels(labels, packing))
-        return TokenClassifierOutput(loss, padded(logits, packing), **recorded(output, packing))
+        return TokenClassifierOutput(*token_answer(logits, labels, packing), **recorded(output, packing))
 
 
 class ZooT5ForQuestionAnswering(_Stacks):
@@ -325,11 +324,8 @@ class ZooT5ForQuestionAnswering(_Stacks):
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None, inputs_embeds,
             decoder_inputs_embeds, False if wanted else use_cache, **kwargs,
         )  # fmt: skip
-        start, end = self.qa_outputs(output.last_hidden_state).unbind(-1)
-        loss = span_loss(start, end, start_positions, end_positions) if wanted else None
-        return Seq2SeqQuestionAnsweringModelOutput(
-            loss, start.contiguous(), end.contiguous(), **_recorded(encoded, output)
-        )
+        answer = span_answer(self.qa_outputs(output.last_hidden_state), start_positions, end_positions)
+        return Seq2SeqQuestionAnsweringModelOutput(*answer, **_recorded(encoded, output))
 
 
 # the stacks stand directly under these, which are the roots of a load, or hold the root

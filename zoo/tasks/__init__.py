@@ -4,12 +4,12 @@ To add one: a `Task` in a file of this folder, its line in TASKS, and its name i
 """
 
 from zoo.recipe import TaskSection
-from zoo.tasks.base import COUNTED, Task
+from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.text_classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from zoo.tasks.token_classification import TOKEN_CLASSIFICATION
 
-__all__ = ["COUNTED", "TASKS", "Task", "task_of"]
+__all__ = ["COUNTED", "LOWER_IS_BETTER", "TASKS", "Task", "task_of"]
 
 # type -> its task, or its tasks by problem_type, the usual one first
 TASKS: dict[str, list[Task]] = {

@@ -16,6 +16,9 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 IGNORED = -100  # the label of a token that is not learned
 
+# of the metrics that tasks have; of the others more is better
+LOWER_IS_BETTER = ("mse", "mae", "perplexity", "calibration_error")
+
 # columns of encoded rows that are counted before training, and never reach a batch
 COUNTED = ("truncated", "unknown", "tokens")
 
