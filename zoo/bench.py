@@ -23,12 +23,12 @@ from transformers import TrainerCallback, set_seed
 
 from zoo.data import load_splits
 from zoo.errors import UserError
-from zoo.loading import load_model, load_tokenizer
+from zoo.loading import load_model, load_processor
 from zoo.memory import peak_memory_bytes
 from zoo.quiet import quiet_libraries
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
-from zoo.train import build_trainer, check_length, encoded, training_arguments
+from zoo.train import build_trainer, encoded, training_arguments
 from zoo.trainer import ZooTrainer
 
 SIDES = ("native", "official")
@@ -71,7 +71,7 @@ def _start(recipe: Recipe, directory: str) -> Recipe:
     set_seed(0)
     labels = load_splits(recipe.data, task.roles, 0, kind=task.labels).labels
     load_model(section, task.auto_class, labels, task.problem_type).save_pretrained(directory)
-    load_tokenizer(section).save_pretrained(directory)
+    load_processor(section, task_of(recipe.task).processor).save_pretrained(directory)
     here: dict[str, Any] = {"path": directory, "revision": None, "config": {}}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=here)})
 
@@ -113,10 +113,10 @@ class _Subject:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.task = recipe, task_of(recipe.task)
-        self.tokenizer = load_tokenizer(recipe.model)
+        self.processor = load_processor(recipe.model, task_of(recipe.task).processor)
         splits = load_splits(recipe.data, self.task.roles, 0, kind=self.task.labels)
         self.labels = splits.labels
-        self.rows, _ = encoded(splits.train, recipe, self.task, self.tokenizer, 0)
+        self.rows, _ = encoded(splits.train, recipe, self.task, self.processor, 0)
         self.lengths = {row: len(ids) for row, ids in zip(self.rows["row"], self.rows["input_ids"], strict=True)}
 
 
@@ -188,10 +188,10 @@ def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False,
     set_seed(seed)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(None):
         model = load_model(sized.model, subject.task.auto_class, subject.labels, subject.task.problem_type)
-        check_length(sized, model)
+        subject.task.check(sized.task, model)
         arguments = training_arguments(sized, Path(scratch))
         trainer = build_trainer(
-            sized, subject.task, model, subject.tokenizer, arguments, subject.labels, subject.rows, None, _NotingTrainer
+            sized, subject.task, model, subject.processor, arguments, subject.labels, subject.rows, None, _NotingTrainer
         )
         yield cast(_NotingTrainer, trainer)
 

@@ -31,7 +31,9 @@ def card(
 
     variant: the model has attention of its own, so that it is opened with its code.
     """
-    model_source = resolve(recipe.model.path, kind="model", revision=recipe.model.revision)
+    path = recipe.model.path
+    model_source = None if path is None else resolve(path, kind="model", revision=recipe.model.revision)
+    start = recipe.model.start if path is None or model_source is None else model_source.shown(path)
     data_source = resolve(recipe.data.path, kind="dataset", revision=recipe.data.revision)
     prefix = "test_" if any(name.startswith("test_") for name in metrics) else "eval_"
     split = "test" if prefix == "test_" else "validation"
@@ -40,14 +42,14 @@ def card(
         for name, value in metrics.items()
         if name.startswith(prefix) and not name.endswith(_NOT_RESULTS)
     }
-    licence = recipe.hub.license or _licence(model_source, ModelCard) or _licence_of_package(model_source) or "unknown"
+    licence = recipe.hub.license or _licence_of_start(model_source) or "unknown"
     data_licence = recipe.hub.data_license or _licence(data_source, DatasetCard)
-    data_name = _shown(recipe.data.path, data_source)
+    data_name = data_source.shown(recipe.data.path)
     data_card = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.name,
         license=licence,
-        base_model=recipe.model.path if model_source.kind == "hub" else None,
+        base_model=path if model_source is not None and model_source.kind == "hub" else None,
         datasets=[recipe.data.path] if data_source.kind == "hub" else None,
         tags=["transformer-zoo"],
         model_name=recipe.name,
@@ -65,7 +67,7 @@ def card(
     )
     sections = [
         f"# {recipe.name}",
-        f"{_shown(recipe.model.path, model_source)}, fine-tuned for {task.name} on {data_name}.",
+        f"{start}, {'trained' if path is None else 'fine-tuned'} for {task.name} on {data_name}.",
         "## Results",
         f"On the {split} split:",
         _table(("metric", "value"), [(name, f"{value:.4f}") for name, value in measured.items()]),
@@ -79,7 +81,7 @@ def card(
         _table(
             ("", ""),
             [
-                ("start", f"{_shown(recipe.model.path, model_source)}{_hash(model_source)}"),
+                ("start", f"{start}{_hash(model_source) if model_source else ''}"),
                 ("data", f"{data_name}{_hash(data_source)}"),
                 ("seed", str(recipe.train.get("seed", 42))),
                 ("transformers", str(environment["versions"]["transformers"])),
@@ -106,11 +108,10 @@ def _per_class(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _usage(recipe: Recipe, task: Task, variant: bool) -> str:
-    asked = {"fill-mask": '"Wheat [MASK] rose"'}.get(task.name, '"Wheat shipments rose"')
     trusted = ", trust_remote_code=True" if variant else ""
     cut = f", truncation=True, max_length={recipe.task.max_length}" if task.name == "text-classification" else ""
     lines = ["```python", "from transformers import pipeline", "", f'pipe = pipeline("{task.name}", "."{trusted})']
-    lines += [f"print(pipe({asked}{cut}))", "```"]
+    lines += [f"print(pipe({task.example}{cut}))", "```"]
     if variant:
         lines += ["", "Its attention is its own, and its code comes with it: read it before you trust it."]
     if recipe.task.stride is not None:
@@ -122,13 +123,12 @@ def _usage(recipe: Recipe, task: Task, variant: bool) -> str:
     return "\n".join(lines)
 
 
-def _shown(path: str, source: Source) -> str:
-    """A path as others may read it: of a local one only the last part."""
-    return path if source.kind in ("hub", "pypi") else Path(path).name
-
-
 def _hash(source: Source) -> str:
     return f" (sha256 {source.fingerprint})" if source.fingerprint else ""
+
+
+def _licence_of_start(source: Source | None) -> str | None:
+    return None if source is None else _licence(source, ModelCard) or _licence_of_package(source)
 
 
 def _licence(source: Source, cards: type[RepoCard]) -> str | None:

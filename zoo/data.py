@@ -1,4 +1,4 @@
-"""Rows of a recipe's data, split, checked and named by role: text, text_pair, label, tokens, tags."""
+"""Rows of a recipe's data, split, checked and named by role: text, text_pair, label, tokens, tags, image."""
 
 import errno
 import inspect
@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, LargeList, List
 
 from zoo.errors import RunError, UserError, did_you_mean
 from zoo.hub_errors import dataset_failure
+from zoo.images import from_pixels, image_column
 from zoo.labels import NOTHING, LabelKind
 from zoo.recipe import DataSection
 from zoo.sources import Source, resolve
@@ -29,6 +30,7 @@ _UNREADABLE = (
     *(OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError, httpx2.HTTPError),
     *(EOFError, StopIteration, IndexError, AttributeError, KeyError, tarfile.TarError, zlib.error),
 )
+TEST_SEED = 0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAB_SEPARATED = {".tsv", ".tab"}
 
@@ -76,7 +78,8 @@ def load_splits(
     and those kept by `limit`. labels: a trained model's, when its data is read again; without them train's are taken.
     """
     raw = _read(section)
-    splits = {name: _roles(raw[source], name, section, roles) for name, source in _named(section, raw).items()}
+    folder = _folder(section)
+    splits = {name: _roles(raw[source], name, section, roles, folder) for name, source in _named(section, raw).items()}
     if "train" not in splits and labels is None:
         raise UserError(f"data {section.path}: no train split; it has {', '.join(raw)}; name one under data.splits")
     notes: list[str] = []
@@ -89,10 +92,16 @@ def load_splits(
             name: rows.shuffle(seed=seed).select(range(min(section.limit, len(rows)))) for name, rows in splits.items()
         }
         notes.append(f"data.limit: {section.limit} rows of each split")
-    if "validation" not in splits and "train" in splits:
-        held_out, note = _hold_out(splits["train"], section.validation, seed, kind is not None and kind.in_proportion)
-        splits |= {"train": held_out["train"], "validation": held_out["test"]}
-        notes.append(note)
+    # test rows are the same for each seed, so that runs can be compared
+    shares = (("test", section.test, TEST_SEED), ("validation", section.validation, seed))
+    by_label = kind is not None and kind.in_proportion
+    for name, share, drawn_by in shares if "train" in splits else ():
+        if name in splits and name == "test" and share is not None:
+            raise UserError(f"data.test: {section.path} has a test split; remove the key, or give it another use")
+        if name not in splits and share is not None:
+            held_out, note = _hold_out(splits["train"], name, share, drawn_by, by_label)
+            splits |= {"train": held_out["train"], name: held_out["test"]}
+            notes.append(note)
     return Splits(splits.get("train"), splits.get("validation"), splits.get("test"), names, notes)
 
 
@@ -182,10 +191,22 @@ def _named(section: DataSection, raw: DatasetDict) -> dict[str, str]:
     return named | dict(section.splits)
 
 
-def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str]) -> Dataset:
+def _folder(section: DataSection) -> Path:
+    """Where the names of files that stand in the data begin: beside the data itself."""
+    source = resolve(section.path, kind="dataset", revision=section.revision)
+    location = Path(source.location)
+    return location.parent if source.kind == "file" or location.is_file() else location
+
+
+def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str], folder: Path) -> Dataset:
     """Only the columns the task reads, under the names of their roles, and each row's number."""
     given: Mapping[Any, str] = section.columns
     columns = {role: given.get(role, role) for role in roles}
+    where = f"data {section.path}: {split}"
+    if section.pixels is not None:
+        others = [columns[role] for role in roles if role != "image" and columns[role] in rows.column_names]
+        columns["image"] = "image"
+        rows = from_pixels(rows, section.pixels, others, where)
     wanted = [role for role in roles if role != "text_pair" or role in given or role in rows.column_names]
     for role in wanted:
         if columns[role] not in rows.column_names:
@@ -200,6 +221,8 @@ def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str]
     rows = rows.rename_columns({columns[role]: role for role in wanted if columns[role] != role})
     for role in (role for role in wanted if role in _TEXTS):
         _TEXTS[role](rows, role, columns[role], split, section.path)
+    if "image" in wanted:
+        rows = image_column(rows, "image", folder, where)
     return rows.add_column("row", list(range(len(rows))))
 
 
@@ -231,12 +254,12 @@ def _check_tokens(rows: Dataset, role: str, column: str, split: str, path: str) 
 _TEXTS = {"text": _check_texts, "text_pair": _check_texts, "tokens": _check_tokens}
 
 
-def _hold_out(train: Dataset, share: float, seed: int, by_label: bool) -> tuple[DatasetDict, str]:
-    """Splits train for the choice of a checkpoint, each label in proportion where the counts allow it."""
+def _hold_out(train: Dataset, split: str, share: float, seed: int, by_label: bool) -> tuple[DatasetDict, str]:
+    """Splits train for another use, each label in proportion where the counts allow it."""
     size = max(1, round(share * len(train)))
     if size >= len(train):
-        raise UserError(f"data: train has {len(train)} rows, too few to hold {size} out for validation")
-    note = f"validation: {size} rows held out of train"
+        raise UserError(f"data: train has {len(train)} rows, too few to hold {size} out for {split}")
+    note = f"{split}: {size} rows held out of train"
     if by_label:
         try:
             return train.train_test_split(

@@ -11,7 +11,7 @@ import torch
 
 from zoo.files import sha256
 from zoo.recipe import DataSection, ModelSection, Recipe
-from zoo.sources import Source, resolve
+from zoo.sources import resolve
 
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy")
 # of larger data sizes stand for hashes: to read it once more would take longer than it is worth
@@ -72,19 +72,18 @@ def _git_commit(recipe: Path | None) -> str | None:
 
 
 def _model(section: ModelSection) -> dict[str, Any]:
-    source = resolve(section.path, kind="model", revision=section.revision)
-    return {"path": _shown(section.path, source), "revision": section.revision, "sha256": source.fingerprint}
-
-
-def _shown(path: str, source: Source) -> str:
-    """Of a local path only the last part."""
-    return path if source.kind in ("hub", "pypi") else Path(path).name
+    if section.path is None and section.tokenizer is None:
+        return {"start": section.start}
+    path = str(section.path or section.tokenizer)
+    source = resolve(path, kind="model", revision=section.revision)
+    found = {"path": source.shown(path), "revision": section.revision, "sha256": source.fingerprint}
+    return found if section.path is not None else {"start": section.start, "tokenizer": found}
 
 
 def _data(section: DataSection) -> dict[str, Any]:
     source = resolve(section.path, kind="dataset", revision=section.revision, files=list(section.files.values()))
     found: dict[str, Any] = {
-        "path": _shown(section.path, source),
+        "path": source.shown(section.path),
         "revision": section.revision,
         "sha256": source.fingerprint,
     }

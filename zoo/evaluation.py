@@ -11,7 +11,7 @@ from zoo.errors import UserError
 from zoo.model_directory import open_finished
 from zoo.recipe import Recipe
 from zoo.tasks.metrics import OURS
-from zoo.train import build_trainer, check_length, encoded, training_arguments
+from zoo.train import build_trainer, encoded, training_arguments
 
 # what an evaluation reads of a recipe besides `data`; the rest would be ignored
 _READ = (
@@ -46,7 +46,7 @@ def run(
             f"{directory}: its recipe names metrics that are code of their own, {', '.join(foreign)}; look at it, then "
             "add --trust-remote-code, or leave them out with task.metrics={}"
         )
-    check_length(recipe, finished.model)
+    task.check(recipe.task, finished.model)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(_only_evaluating(recipe), Path(scratch))
         splits = load_splits(recipe.data, task.roles, arguments.seed, finished.labels, task.labels)
@@ -55,9 +55,9 @@ def run(
         rows = getattr(splits, split)
         if rows is None:
             raise UserError(f"--split {split}: the data of {directory} has no such split")
-        encoded_rows, note = encoded(rows, recipe, task, finished.tokenizer, arguments.seed)
+        encoded_rows, note = encoded(rows, recipe, task, finished.processor, arguments.seed)
         print(f"{split}: {note}")
-        trainer = build_trainer(recipe, task, finished.model, finished.tokenizer, arguments, finished.labels)
+        trainer = build_trainer(recipe, task, finished.model, finished.processor, arguments, finished.labels)
         return trainer.evaluate(encoded_rows, metric_key_prefix=split)
 
 

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a recipe: native or official, its variant; and the proof that its weights arrived."""
+"""A model and its processor from a recipe: native or official, its variant; and the proof that its weights arrived."""
 
 import json
 import pickle
@@ -13,12 +13,23 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file
 
 from zoo.errors import RunError, UserError, did_you_mean
+from zoo.fresh import fresh_config
 from zoo.hub_errors import hub_failure
+from zoo.models.patches import as_pair, resize_positions
+from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe import ModelSection
 from zoo.sources import resolve
 
@@ -28,19 +39,35 @@ _LOAD_ERRORS = (
     *(ArithmeticError, IndexError, AssertionError),
     *(SafetensorError, StrictDataclassError, pickle.UnpicklingError, httpx2.HTTPError),
 )
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
 _AGAIN = "try again: what has arrived is kept"
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    source = resolve(section.path, kind="model", revision=section.revision)
+def load_processor(section: ModelSection, kind: str) -> Processor:
+    """What makes a model's inputs: kind is "tokenizer" or "image_processor". Raises UserError."""
+    path = section.path or section.tokenizer
+    if path is None and kind == "tokenizer":
+        raise UserError("model.tokenizer: required, and not there: a model from random weights brings none")
+    if path is None:
+        return ViTImageProcessorPil()
+    if kind == "image_processor" and section.tokenizer is not None:
+        raise UserError("model.tokenizer: images have none; remove the key")
+    source = resolve(path, kind="model", revision=section.revision)
+    auto = AutoTokenizer if kind == "tokenizer" else _auto_image_processor()
     try:
-        return AutoTokenizer.from_pretrained(
+        return auto.from_pretrained(
             source.location, revision=source.revision or "main", trust_remote_code=section.trust_remote_code
         )
     except _LOAD_ERRORS as error:
-        raise _wants_trust(section.path, error) or _unreadable(
-            section.path, "its tokenizer cannot be read", error
-        ) from error
+        what = f"its {kind.replace('_', ' ')} cannot be read"
+        raise _wants_trust(path, error) or _unreadable(path, what, error) from error
+
+
+def _auto_image_processor():
+    # transformers puts another module in its own place when this one is imported: only where there are images
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor
 
 
 def load_model(
@@ -49,37 +76,49 @@ def load_model(
     labels: list[str] | None = None,
     problem_type: str | None = None,
     whole: bool = False,
+    processor: Processor | None = None,
 ) -> PreTrainedModel:
     """The recipe's model in fp32, with a head for `labels`; its weights are compared with the files.
 
     problem_type: of transformers' sequence classification, which decides the loss and what a pipeline applies. whole:
-    the checkpoint is a finished model, so that nothing may be new, its head least of all.
+    the checkpoint is a finished model, so that nothing may be new, its head least of all. processor: a model from
+    random weights takes its vocabulary and special tokens from it.
 
     Raises UserError where the recipe or the checkpoint is wrong, RunError if weights did not arrive.
     """
-    source = resolve(section.path, kind="model", revision=section.revision)
-    location, revision = source.location, source.revision or "main"
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
-    except _LOAD_ERRORS as error:
-        raise _unreadable(section.path, "no readable config.json", error) from error
-    if not isinstance(fields, dict) or not fields.get("model_type"):
-        raise UserError(f"model {section.path}: no readable config.json: it is missing, or names no model_type")
     changes = dict(section.config)
     if labels:
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     if problem_type is not None:
         changes["problem_type"] = problem_type
+    if section.attention != "full":
+        # a variant's checkpoint keeps its own attention unless the recipe names another
+        changes |= {"attention": section.attention, "attention_kwargs": section.attention_kwargs}
+    model = _fresh(section, auto_class, changes, processor) if section.path is None else None
+    model = model or _trained(section, section.path or "", auto_class, changes, whole)
+    if section.implementation == "native":
+        model.set_ragged(section.ragged)  # type: ignore[operator]
+    return model
+
+
+def _trained(
+    section: ModelSection, path: str, auto_class: str, changes: dict[str, Any], whole: bool
+) -> PreTrainedModel:
+    source = resolve(path, kind="model", revision=section.revision)
+    location, revision = source.location, source.revision or "main"
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+    except _LOAD_ERRORS as error:
+        raise _unreadable(path, "no readable config.json", error) from error
+    if not isinstance(fields, dict) or not fields.get("model_type"):
+        raise UserError(f"model {path}: no readable config.json: it is missing, or names no model_type")
     model_type = fields.get("model_type")
     if section.implementation == "native":
-        model_class = _native_class(section.path, model_type, auto_class)
-        if section.attention != "full":
-            # a variant's checkpoint keeps its own attention unless the recipe names another
-            changes |= {"attention": section.attention, "attention_kwargs": section.attention_kwargs}
+        model_class = _native_class(path, model_type, auto_class)
         config = _config(section, model_class.config_class, location, revision, changes)
     else:
         if str(model_type).startswith("zoo_"):
-            raise UserError(f"model {section.path}: a native checkpoint ({model_type}); use implementation: native")
+            raise UserError(f"model {path}: a native checkpoint ({model_type}); use implementation: native")
         config = _config(section, AutoConfig, location, revision, changes)
         model_class = getattr(transformers, auto_class)
     arguments: dict[str, Any] = {"config": config, "revision": revision, "dtype": torch.float32}
@@ -87,11 +126,57 @@ def load_model(
         arguments["attn_implementation"] = section.attn_implementation
     if section.implementation == "official":
         arguments["trust_remote_code"] = section.trust_remote_code
-    model = _open(section.path, model_class, location, arguments, whole)
-    if section.implementation == "native":
-        model.set_ragged(section.ragged)  # type: ignore[operator]
+    model = _open(path, model_class, location, arguments, whole)
     assert_same_weights(model, _directory(location, revision) if source.kind == "hub" else Path(location))
     return model
+
+
+def _fresh(
+    section: ModelSection, auto_class: str, changes: dict[str, Any], processor: Processor | None
+) -> PreTrainedModel:
+    """A model of the recipe's size, or model_type, with random weights."""
+    config = fresh_config(section, changes, processor)
+    if section.implementation == "native":
+        model_class: Any = _native_class(f"{config.model_type}", config.model_type, auto_class)
+        make = model_class._from_config
+    else:
+        make = getattr(transformers, auto_class).from_config
+    chosen = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    try:
+        return make(config, dtype=torch.float32, **chosen)
+    except (ImportError, ValueError) as error:
+        field = "attn_implementation" if chosen else "config"
+        raise UserError(f"model.{field}: {_message(error)}") from error
+
+
+def fit_images(model: PreTrainedModel, processor: Processor, side: int | None) -> None:
+    """Images and positions of `side` x `side` pixels, where a recipe says so; a model that has no size takes any.
+
+    Positions between the trained ones are interpolated, and stay so: the model then is one of the new size.
+    Raises UserError for sizes that the model cannot have.
+    """
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return
+    own, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
+    if own is not None and patch is not None:
+        size, patches = as_pair(side or own), as_pair(patch)
+        if any(pixels % one for pixels, one in zip(size, patches, strict=True)):
+            raise UserError(
+                f"task.image_size: {size[0]} x {size[1]} pixels are no whole number of patches of {patches[0]} x "
+                f"{patches[1]} (model.config.patch_size); give a multiple"
+            )
+        if size != as_pair(own):
+            if not isinstance(model, ZooPreTrainedModel):
+                raise UserError("task.image_size: official classes keep the size they have; use implementation: native")
+            resize_positions(model, size)
+    elif side is not None or own is not None:
+        size = as_pair(side or own)
+    else:
+        return
+    sizes = {"height": size[0], "width": size[1]}
+    processor.size = sizes  # type: ignore[attr-defined]
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size = sizes  # type: ignore[attr-defined]
 
 
 def _directory(repo: Path | str, revision: str) -> Path:
@@ -135,7 +220,7 @@ def _config(section: ModelSection, config_class, location, revision: str, change
     except UserError:
         raise
     except _LOAD_ERRORS as error:
-        raise _wants_trust(section.path, error) or UserError(
+        raise _wants_trust(str(section.path), error) or UserError(
             f"model {section.path}: its config is refused: {_message(error)}"
         ) from error
 

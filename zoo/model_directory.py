@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
-from zoo.loading import assert_same_weights, load_model, load_tokenizer
+from zoo.loading import Processor, assert_same_weights, fit_images, load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.tasks import Task, task_of
@@ -26,19 +26,19 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, opened: its recipe, task, model (in fp32), tokenizer, and the names of its labels."""
+    """A finished run, opened: its recipe, task, model (in fp32), tokenizer or image processor, and labels' names."""
 
     recipe: Recipe
     task: Task
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     labels: list[str]
 
 
 def save(
     recipe: Recipe,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     metrics: Mapping[str, Any],
     output_dir: Path,
     extras: Mapping[str, str | bytes],
@@ -53,13 +53,14 @@ def save(
             shutil.rmtree(leftover)
     # standard attention is saved as the official class, so that any tool opens it
     official = recipe.model.implementation == "native" and not has_variant(model)
-    # what transformers' pipelines cut at, given truncation=True
-    tokenizer.model_max_length = recipe.task.max_length
+    if isinstance(processor, PreTrainedTokenizerBase):
+        # what transformers' pipelines cut at, given truncation=True
+        processor.model_max_length = recipe.task.max_length
     with writing(output_dir):
         new = Path(tempfile.mkdtemp(prefix=NEW, dir=output_dir))
         options: dict[str, Any] = {"official": True} if official else {}
         model.save_pretrained(new, **options)
-        tokenizer.save_pretrained(new)
+        processor.save_pretrained(new)
         for name, content in extras.items():
             if isinstance(content, bytes):
                 (new / name).write_bytes(content)
@@ -113,11 +114,13 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
     task = task_of(recipe.task)
     own: dict[str, Any] = {
         "path": str(directory.resolve()),
-        "revision": None,
+        **dict.fromkeys(("size", "tokenizer", "revision")),
         "config": {},
         "trust_remote_code": trust_remote_code,
     }
     section = recipe.model.model_copy(update=own)
-    model, tokenizer = load_model(section, task.auto_class, whole=True), load_tokenizer(section)
+    processor = load_processor(section, task.processor)
+    model = load_model(section, task.auto_class, whole=True)
+    fit_images(model, processor, recipe.task.image_size)
     labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
-    return Finished(recipe, task, model, tokenizer, labels)
+    return Finished(recipe, task, model, processor, labels)

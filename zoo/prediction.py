@@ -1,7 +1,6 @@
-"""`zoo predict`: answers of a finished model for texts, by transformers' own pipelines."""
+"""`zoo predict`: answers of a finished model for texts or images, by transformers' own pipelines."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -10,41 +9,33 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import Pipeline, TextClassificationPipeline, pipeline
+from transformers import pipeline
 
 from zoo.data import read_rows
 from zoo.errors import RunError, UserError
 from zoo.files import replacing
+from zoo.images import image_column
 from zoo.model_directory import Finished, open_finished
-from zoo.tasks.text_classification import threshold
 
 SHOW_BAR_AFTER_SECONDS = 2
-TOP_WORDS = 5  # for a masked token
 
 
 def run(
-    directory: Path, texts: Sequence[str] = (), file: Path | None = None, trust_remote_code: bool = False
+    directory: Path, asked: Sequence[str] = (), file: Path | None = None, trust_remote_code: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """An answer for each text, or each row of a file: `id`, `text`, `predicted` and, of classes, `probabilities`.
+    """An answer for each text or image file, or each row of a file of them.
 
-    file: any the datasets library reads, with a column `text` (and `text_pair`), or the names of the run's own data.
+    Each has `id`, what was asked, `predicted` and, of classes, `probabilities`. file: any the datasets library reads,
+    with a column `text` (and `text_pair`) or `image`, or the names of the run's own data.
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
-    if bool(texts) == (file is not None):
-        raise UserError("predict: give texts, or --file; one of the two")
+    if bool(asked) == (file is not None):
+        raise UserError("predict: give what to answer for, or --file; one of the two")
     finished = open_finished(directory, trust_remote_code=trust_remote_code)
-    rows = _rows(finished, file) if file is not None else [{"text": text} for text in texts]
-    for number, row in enumerate(rows):
-        for role, text in row.items():
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"predict: {role} {number} is {'empty' if text == '' else repr(text)}")
-            if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise UserError(f"predict: {role} {number} is not UTF-8: {text[:60]!r}")
-        if finished.task.name == "fill-mask" and finished.tokenizer.mask_token not in row["text"]:
-            raise UserError(
-                f"predict: text {number} has no {finished.tokenizer.mask_token} to fill: {row['text'][:60]!r}"
-            )
-    return _answers(finished, rows)
+    first = finished.task.asked[0]
+    rows = _rows(finished, file) if file is not None else [{first: one} for one in asked]
+    given = [finished.task.ask(row, number, finished.processor) for number, row in enumerate(rows)]
+    return _answers(finished, rows, given)
 
 
 def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
@@ -67,89 +58,39 @@ def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
     return count
 
 
-def _rows(finished: Finished, file: Path) -> list[dict[str, str]]:
+def _rows(finished: Finished, file: Path) -> list[dict[str, Any]]:
     rows = read_rows(file)
     named = {str(role): name for role, name in finished.recipe.data.columns.items()}
-    wanted = {}
-    for role in ("text", "text_pair"):
+    first, wanted = finished.task.asked[0], {}
+    for role in finished.task.asked:
         names = [name for name in (named.get(role, role), role) if name in rows.column_names]
         if names:
             wanted[role] = names[0]
-    if "text" not in wanted:
-        raise UserError(f"--file {file}: no column 'text'; it has {', '.join(rows.column_names)}")
+    if first not in wanted:
+        raise UserError(f"--file {file}: no column {first!r}; it has {', '.join(rows.column_names)}")
+    if first == "image":
+        rows = image_column(rows, wanted[first], file.parent, f"--file {file}")
     return [{role: row[name] for role, name in wanted.items()} for row in rows]
 
 
-def _answers(finished: Finished, rows: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    pipe, options = _pipeline(finished)
-    given = (row if "text_pair" in row else row["text"] for row in rows)
-    answers = pipe(given, **{"batch_size": finished.recipe.train.get("per_device_eval_batch_size", 8), **options})
-    bar = tqdm(answers, total=len(rows), unit="text", delay=SHOW_BAR_AFTER_SECONDS, desc="Predicting")
-    for number, (row, answer) in enumerate(zip(rows, bar, strict=True)):
-        yield {"id": number, **row, **_in_words(finished, answer)}
-
-
-class _Windows(TextClassificationPipeline):
-    """Reads a long text in windows, as the model was trained (`task.stride`), and pools their logits."""
-
-    pooling = "mean"
-
-    def _forward(self, model_inputs):  # type: ignore[override] # as the class above has it
-        model_inputs.pop("overflow_to_sample_mapping")
-        logits = self.model(**model_inputs).logits
-        return {"logits": logits.amax(0, keepdim=True) if self.pooling == "max" else logits.mean(0, keepdim=True)}
-
-
-def _pipeline(finished: Finished) -> tuple[Pipeline, dict[str, Any]]:
+def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence[Any]) -> Iterator[dict[str, Any]]:
     recipe, task = finished.recipe, finished.task
+    pipeline_class, options = task.pipeline(recipe.task)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    common: dict[str, Any] = {
-        "task": task.name, "model": finished.model, "tokenizer": finished.tokenizer, "device": device
-    }  # fmt: skip
-    cut = {"truncation": True, "max_length": recipe.task.max_length}
-    if task.name == "text-classification" and recipe.task.stride is not None:
-        # the windows of one text are its batch
-        windows = {"stride": recipe.task.stride, "return_overflowing_tokens": True, "padding": True, "batch_size": 1}
-        windowed = pipeline(pipeline_class=_Windows, **common)
-        windowed.pooling = recipe.task.pooling or "mean"
-        return windowed, cut | windows | {"top_k": None}
-    pipe = pipeline(**common)
-    if task.name == "text-classification":
-        return pipe, cut | {"top_k": None}
-    if task.name == "token-classification":
-        # a word's tag is learned and measured at its first piece
-        return pipe, {"aggregation_strategy": "first"}
-    return pipe, {"top_k": TOP_WORDS, "tokenizer_kwargs": cut}
-
-
-def _in_words(finished: Finished, answer: Any) -> dict[str, Any]:
-    """A pipeline's answer under the names of `predictions.jsonl`."""
-    if finished.task.name == "token-classification":
-        return {"predicted": [{key: _plain(value) for key, value in span.items()} for span in answer]}
-    if finished.task.name == "fill-mask":
-        # one list of words for each mask, where there are several
-        masks = answer if isinstance(answer[0], list) else [answer]
-        return {"predicted": [[{"word": word["token_str"], "score": word["score"]} for word in mask] for mask in masks]}
-    scores = {entry["label"]: entry["score"] for entry in answer}
-    if not all(math.isfinite(score) for score in scores.values()):
-        raise RunError("predict: the model's answer is not finite: its weights or its config are damaged")
-    problem_type = finished.task.problem_type
-    if problem_type == "regression":
-        return {"predicted": next(iter(scores.values()))}
-    if problem_type == "multi_label_classification":
-        chosen = [label for label, score in scores.items() if score >= threshold(finished.recipe.task)]
-        return {"predicted": chosen, "probabilities": scores}
-    return {"predicted": max(scores, key=lambda label: scores[label]), "probabilities": scores}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+    parts: dict[str, Any] = {"task": task.name, "model": finished.model, task.processor: finished.processor}
+    pipe = pipeline(**parts, pipeline_class=pipeline_class, device=device)
+    answers = pipe(iter(given), **{"batch_size": recipe.train.get("per_device_eval_batch_size", 8), **options})
+    bar = tqdm(answers, total=len(rows), unit=task.asked[0], delay=SHOW_BAR_AFTER_SECONDS, desc="Predicting")
+    for number, (row, answer) in enumerate(zip(rows, bar, strict=True)):
+        named = {role: value for role, value in row.items() if isinstance(value, str)}
+        yield {"id": number, **named, **task.answer(recipe.task, answer)}
 
 
 def in_lines(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """For people: what was predicted, how surely, and the beginning of the text."""
+    """For people: what was predicted, how surely, and the beginning of the text, or the image's file."""
     for answer in answers:
-        text = answer["text"] if len(answer["text"]) <= 60 else f"{answer['text'][:57]}..."
+        text = answer.get("text") or answer.get("image") or f"image {answer['id']}"
+        text = text if len(text) <= 60 else f"{text[:57]}..."
         yield f"{'  '.join(chain(_predicted(answer)))}  {text}"
 
 

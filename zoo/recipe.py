@@ -6,6 +6,7 @@ Nothing here imports torch or transformers.
 import io
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -26,24 +27,37 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from zoo.errors import Keys, did_you_mean
 
-# name -> what is learned
-TASK_TYPES = {
-    "text-classification": "One label, several, or a number for a text or a pair of texts (problem_type).",
-    "token-classification": "A tag for each token: names, parts of speech.",
-    "fill-mask": "Masked language modelling: the words that were hidden in a text.",
-}
 
-# the columns that each reads
-TASK_ROLES: dict[str, tuple[str, ...]] = {
-    "text-classification": ("text", "text_pair", "label"),
-    "token-classification": ("tokens", "tags"),
-    "fill-mask": ("text",),
+@dataclass(frozen=True)
+class TaskType:
+    """What is learned, the columns it reads, and the keys of the section `task` that it reads."""
+
+    summary: str
+    roles: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+TASK_TYPES = {
+    "text-classification": TaskType(
+        "One label, several, or a number for a text or a pair of texts (problem_type).",
+        ("text", "text_pair", "label"),
+        ("max_length", "metrics", "problem_type", "stride", "pooling", "threshold", "class_weights"),
+    ),
+    "token-classification": TaskType(
+        "A tag for each token: names, parts of speech.", ("tokens", "tags"), ("max_length", "metrics")
+    ),
+    "fill-mask": TaskType(
+        "Masked language modelling: the words that were hidden in a text.", ("text",), ("max_length", "mlm_probability")
+    ),
+    "image-classification": TaskType(
+        "One label for an image.", ("image", "label"), ("metrics", "image_size", "augmentation", "class_weights")
+    ),
 }
 
 Text = Annotated[str, Field(min_length=1)]
 DEFAULT_THRESHOLD = 0.5
 DEFAULT_MLM_PROBABILITY = 0.15
-Role = Literal["text", "text_pair", "label", "tokens", "tags"]
+Role = Literal["text", "text_pair", "label", "tokens", "tags", "image"]
 
 
 # The sections
@@ -68,9 +82,15 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which checkpoint, run by whom, with which attention. `config` overrides the model's own config fields."""
+    """Which checkpoint, run by whom, with which attention. `config` overrides the model's own config fields.
 
-    path: Text
+    In the place of `path`, `size` (`zoo ls models`), or `config.model_type`, starts from random weights; texts then
+    want a `tokenizer`, whose vocabulary and special tokens the config takes.
+    """
+
+    path: Text | None = None
+    size: Text | None = None
+    tokenizer: Text | None = None
     revision: Text | None = None
     implementation: Literal["native", "official"] = "native"
     attention: Annotated[
@@ -83,7 +103,21 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     config: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def start(self) -> str:
+        """Where the weights come from, in words."""
+        return self.path or f"{self.size or self.config['model_type']} with random weights"
+
     def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        starts = [key for key in ("path", "size") if getattr(self, key) is not None]
+        starts += ["config.model_type"] if "model_type" in self.config else []
+        if len(starts) != 1:
+            there = " and ".join(f"model.{start}" for start in starts) or "none of them"
+            yield (), f"a model has one beginning, path, size or config.model_type; there is {there}"
+        if self.tokenizer is not None and self.path is not None:
+            yield ("tokenizer",), "a checkpoint brings its own; remove the key, or path"
+        if self.revision is not None and self.path is None and self.tokenizer is None:
+            yield ("revision",), "it is that of path or of tokenizer, and there is neither"
         names = [self.attention] if isinstance(self.attention, str) else self.attention
         for name in self.attention_kwargs:
             if name not in names:
@@ -98,15 +132,24 @@ class ModelSection(Section):
         for name in self.config:
             if name in ("attention", "attention_kwargs"):
                 yield ("config", name), f"write it as model.{name}"
-        yield from _revision_contradiction(self.path, self.revision)
+        yield from _revision_contradiction(self.path or self.tokenizer or "", self.revision)
+
+
+class Augmentation(Section):
+    """How a training image may be changed, each time anew: up to so many degrees turned, so large a share of its side
+    shifted, so much larger or smaller, and mirrored half of the time."""
+
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    shift: float = Field(default=0.0, ge=0, le=0.5)
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    flip: bool = False
 
 
 class TaskSection(Section):
-    """What is learned. `max_length` and `stride` count tokens.
+    """What is learned. `max_length` and `stride` count tokens, `image_size` the pixels of a side.
 
-    `problem_type`, `threshold`, `class_weights`, `stride` and `pooling` belong to text-classification. `stride`: a
-    longer text is read in windows that overlap by so much, and their logits are pooled; without it the text is cut.
-    `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
+    `stride`: a longer text is read in windows that overlap by so much, and their logits are pooled; without it the text
+    is cut. `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
     """
 
     type: str
@@ -117,6 +160,8 @@ class TaskSection(Section):
     threshold: float | None = Field(default=None, gt=0, lt=1)
     class_weights: Literal["balanced"] | None = None
     mlm_probability: float | None = Field(default=None, gt=0, lt=1)
+    image_size: int | None = Field(default=None, gt=0)
+    augmentation: Augmentation | None = None
     metrics: dict[Text, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("type")
@@ -128,15 +173,9 @@ class TaskSection(Section):
         return value
 
     def contradictions(self) -> Iterator[tuple[Keys, str]]:
-        for key in ("problem_type", "stride", "pooling", "threshold", "class_weights"):
-            if getattr(self, key) is not None and self.type != "text-classification":
-                yield (key,), f"{self.type} does not read it; remove the key"
-        if self.mlm_probability is not None and self.type != "fill-mask":
-            yield ("mlm_probability",), f"{self.type} does not read it; remove the key"
-        if self.metrics and self.type == "fill-mask":
-            yield ("metrics",), "fill-mask has no predictions that a metric could compare; remove the key"
-        if self.type != "text-classification":
-            return
+        unread = self.model_fields_set - {"type", *TASK_TYPES[self.type].keys}
+        for key in sorted(key for key in unread if getattr(self, key) not in (None, {})):
+            yield (key,), f"{self.type} does not read it; remove the key"
         kind = self.problem_type or "single_label_classification"
         if self.threshold is not None and kind != "multi_label_classification":
             text = "it decides which of several labels hold; set problem_type: multi_label_classification"
@@ -147,11 +186,20 @@ class TaskSection(Section):
             yield ("pooling",), "there is nothing to pool without windows; set stride"
 
 
+class Pixels(Section):
+    """Images whose pixels are columns of their own, row by row: all columns that have no role, `max` being white."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    max: int = Field(default=255, gt=0)
+
+
 class DataSection(Section):
     """Which rows. `options` goes verbatim to the `datasets` builder that `format` names.
 
     `files`: the dataset's split -> file under `path`; `splits`: our split -> the dataset's; `columns`: our role ->
-    column. `validation` is the share of train held out where there is no validation split; `limit`: rows of each split.
+    column. `validation` and `test` are the shares of train held out where there is no such split: those of test are the
+    same rows for each seed. `limit`: rows of each split.
     """
 
     path: Text
@@ -162,7 +210,9 @@ class DataSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     columns: dict[Role, Text] = Field(default_factory=dict)
     splits: dict[Literal["train", "validation", "test"], Text] = Field(default_factory=dict)
+    pixels: Pixels | None = None
     validation: float = Field(default=0.1, gt=0, lt=1)
+    test: float | None = Field(default=None, gt=0, lt=1)
     limit: int | None = Field(default=None, gt=0)
 
     def contradictions(self) -> Iterator[tuple[Keys, str]]:
@@ -236,7 +286,9 @@ class Recipe(Section):
             yield ("seeds",), "a seed stands there twice"
         if self.seeds and self.hub.repo is not None:
             yield ("hub", "repo"), "several seeds make several models; push the one you choose with zoo push"
-        roles = TASK_ROLES[self.task.type]
+        roles = TASK_TYPES[self.task.type].roles
+        if self.data.pixels is not None and "image" not in roles:
+            yield ("data", "pixels"), f"{self.task.type} reads no images; remove the key"
         for role in self.data.columns:
             if role not in roles:
                 yield ("data", "columns", role), f"{self.task.type} does not read it; its roles are {', '.join(roles)}"
@@ -279,7 +331,8 @@ class Recipe(Section):
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
         length = min(self.task.max_length, 32)
         stride = None if self.task.stride is None else min(self.task.stride, length // 4)
-        task = self.task.model_copy(update={"max_length": length, "stride": stride})
+        lengths = {"max_length": length, "stride": stride}
+        task = self.task.model_copy(update=lengths if "max_length" in TASK_TYPES[self.task.type].keys else {})
         train = self.train | {"max_steps": 4, "logging_strategy": "steps", "logging_steps": 1}
         for key, largest in (("per_device_train_batch_size", 8), ("per_device_eval_batch_size", 8)):
             train[key] = min(train.get(key, largest), largest)
@@ -316,8 +369,14 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as mappings. An unset optional field of ours is left out; a null inside a verbatim section stays."""
     sections: dict[str, Any] = {}
     for key, value in recipe:
-        sections[key] = {k: v for k, v in value if v is not None} if isinstance(value, Section) else value
+        sections[key] = _plain_section(value) if isinstance(value, Section) else value
     return sections
+
+
+def _plain_section(section: Section) -> dict[str, Any]:
+    read = {"type", *TASK_TYPES[section.type].keys} if isinstance(section, TaskSection) else set(section.model_fields)
+    values = {key: value for key, value in section if key in read and value is not None}
+    return {key: _plain_section(value) if isinstance(value, Section) else value for key, value in values.items()}
 
 
 def leaves(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

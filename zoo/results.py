@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import confusion_matrix
 
 from zoo.tasks import Task
-from zoo.tasks.spans import scores
+from zoo.tasks.base import Records, Table
 
 MAX_DRAWN_CLASSES = 50  # of a confusion matrix: more cannot be read
-
-Records = Sequence[Mapping[str, Any]]
 
 
 def predictions_file(ids: Iterable[Any], records: Records) -> str:
@@ -23,30 +21,12 @@ def predictions_file(ids: Iterable[Any], records: Records) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def per_class(task: Task, labels: Sequence[str], records: Records) -> dict[str, dict[str, float]] | None:
+def per_class(task: Task, labels: Sequence[str], records: Records) -> Table | None:
     """Precision, recall, F1 and support of each class, or kind of span; None for a task without."""
-    gold, predicted = ([record[side] for record in records] for side in ("gold", "predicted"))
-    if task.name == "token-classification":
-        report = {kind: values for kind, values in scores(gold, predicted).items() if kind}
-    elif task.problem_type == "single_label_classification":
-        report = _report(gold, predicted, list(labels))
-    elif task.problem_type == "multi_label_classification":
-        hot = [np.array([[name in chosen for name in labels] for chosen in side]) for side in (gold, predicted)]
-        report = _report(hot[0], hot[1], list(labels), by_name=False)
-    else:
+    if task.classes is None:
         return None
-    return {
-        name: {key.replace("f1-score", "f1"): round(float(value), 6) for key, value in values.items()}
-        for name, values in report.items()
-    }
-
-
-def _report(gold: Any, predicted: Any, labels: list[str], by_name: bool = True) -> dict[str, dict[str, float]]:
-    """sklearn's, which puts its averages beside the classes: under numbers, a class may be called as one of them."""
-    numbers = [str(number) for number in range(len(labels))]
-    named = {"labels": labels} if by_name else {}
-    found = classification_report(gold, predicted, target_names=numbers, output_dict=True, zero_division=0, **named)
-    return {label: found[number] for label, number in zip(labels, numbers, strict=True)}
+    found = task.classes(labels, records)
+    return {name: {key: round(value, 6) for key, value in values.items()} for name, values in found.items()}
 
 
 def confusion(labels: Sequence[str], records: Records) -> np.ndarray:

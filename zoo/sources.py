@@ -50,6 +50,10 @@ class Source:
     revision: str | None = None
     fingerprint: str | None = None
 
+    def shown(self, path: str) -> str:
+        """The path as others may read it: of a local one only the last part."""
+        return path if self.kind in ("hub", "pypi") else Path(path).name
+
 
 def cache_home() -> Path:
     """The folder of all Hugging Face caches, ours in `zoo/` below it: $HF_HOME, else as huggingface_hub has it."""

@@ -21,14 +21,13 @@ from zoo.data import Splits, WithDraws, load_splits, room_in_cache
 from zoo.environment import environment
 from zoo.errors import UserError, did_you_mean
 from zoo.files import as_json, write_json, write_text
-from zoo.loading import load_model, load_tokenizer
+from zoo.loading import Processor, fit_images, load_model, load_processor
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, own_metrics
-from zoo.tasks.text_classification import pooled, weighted_loss
 from zoo.trainer import EventLog, ZooTrainer, newest_complete
 
 LOCK = ".lock"
@@ -38,8 +37,6 @@ _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
 )
 PUSHED = ".pushed.json"
-# families whose first token stands behind the position of padding
-COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
 
 def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:
@@ -68,18 +65,19 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     _check_choice(arguments, recipe, task)
     set_seed(arguments.seed)
     reset_peak_memory()
-    tokenizer = load_tokenizer(recipe.model)
+    processor = load_processor(recipe.model, task.processor)
     splits = load_splits(recipe.data, task.roles, arguments.seed, kind=task.labels)
     for note in splits.notes:
         print(note)
-    model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type)
-    check_length(recipe, model)
+    model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
+    fit_images(model, processor, recipe.task.image_size)
+    task.check(recipe.task, model)
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is not None:
-            rows[name], note = encoded(split, recipe, task, tokenizer, arguments.seed)
+            rows[name], note = encoded(split, recipe, task, processor, arguments.seed, training=name == "train")
             print(f"{name}: {note}")
-    trainer = build_trainer(recipe, task, model, tokenizer, arguments, splits.labels, rows["train"], rows["validation"])
+    trainer = build_trainer(recipe, task, model, processor, arguments, splits.labels, rows["train"], rows["validation"])
     checkpoint = _claim(recipe, output_dir, arguments)
     events = EventLog(output_dir / "events.jsonl")
     trainer.add_callback(events)
@@ -92,12 +90,12 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         metrics |= predicted.metrics or {}
         if task.records is not None:
             prediction = EvalPrediction(predicted.predictions, predicted.label_ids)
-            by_row = pooled(prediction, trainer.evaluated_rows, recipe.task)
+            by_row = by_rows(task, recipe, prediction, trainer.evaluated_rows)
             records = list(task.records(recipe.task, splits.labels)(by_row))
     metrics["peak_memory_bytes"] = peak_memory_bytes()
     # a step is a batch of any size, so their rate says nothing beside that of the samples
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
-    save(recipe, model, tokenizer, metrics, output_dir, _extras(recipe, task, model, trainer, splits, metrics, records))
+    save(recipe, model, processor, metrics, output_dir, _extras(recipe, task, model, trainer, splits, metrics, records))
     events.write("finished", trainer.state.global_step, metrics)
     _push(recipe, output_dir)
     return metrics
@@ -260,29 +258,34 @@ def _check_choice(arguments: TrainingArguments, recipe: Recipe, task: Task) -> N
 
 
 @room_in_cache()
-def encoded(rows: Dataset, recipe: Recipe, task: Task, tokenizer, seed: int) -> tuple[Any, str]:
-    """The rows as the model reads them, with their numbers in the data; and what was counted, in words."""
-    encode = task.encode(tokenizer, recipe.task)
-    found = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenising")
-    truncated, unknown, tokens = (sum(found[name]) for name in COUNTED)
-    words = [f"{len(rows):,} texts"]
-    if recipe.task.stride is not None:
-        words.append(f"{len(found):,} windows of {recipe.task.max_length} tokens")
-    else:
-        words.append(f"{truncated:,} ({truncated / len(rows):.1%}) cut at {recipe.task.max_length} tokens")
-    words.append(f"{unknown:,} of {tokens:,} tokens unknown")
+def encoded(
+    rows: Dataset, recipe: Recipe, task: Task, processor: Processor, seed: int, training: bool = False
+) -> tuple[Any, str]:
+    """The rows as `Task.collate` takes them, with their numbers in the data; and what was counted, in words."""
+    encode = task.encode(processor, recipe.task)
+    verb = "Tokenising" if task.processor == "tokenizer" else "Reading images"
+    found = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=verb)
+    words = [task.counts(found, len(rows), recipe.task)]
     if "label" in rows.column_names and hasattr(rows.features["label"], "names"):
         names, numbers = rows.features["label"].names, list(rows["label"])
         words.append("labels " + ", ".join(f"{name} {numbers.count(n):,}" for n, name in enumerate(names)))
-    found = found.remove_columns(list(COUNTED))
-    return WithDraws(found, seed) if task.draws else found, "; ".join(words)
+    found = found.remove_columns([name for name in COUNTED if name in found.column_names])
+    if not found.column_names:
+        # images were looked at only: they go to the batches as they are
+        found = rows.rename_column("label", "labels")
+    return WithDraws(found, seed) if task.draws == "all" or (task.draws and training) else found, "; ".join(words)
+
+
+def by_rows(task: Task, recipe: Recipe, prediction: EvalPrediction, rows: Sequence[int]) -> EvalPrediction:
+    """One prediction a row, where rows were encoded as several."""
+    return prediction if task.pool is None else task.pool(recipe.task, prediction, rows)
 
 
 def build_trainer(
     recipe: Recipe,
     task: Task,
     model,
-    tokenizer,
+    processor: Processor,
     arguments: TrainingArguments,
     labels: Sequence[str],
     train_rows=None,
@@ -292,19 +295,20 @@ def build_trainer(
     """A Trainer on encoded rows. Raises UserError for a `train` section it cannot work with."""
     trainer: ZooTrainer
     measure, loss = own_metrics(task, recipe.task, labels), None
-    if recipe.task.class_weights is not None and train_rows is not None:
-        loss = weighted_loss(train_rows["labels"], len(labels), arguments.label_smoothing_factor)
+    if task.loss is not None and train_rows is not None:
+        rows = train_rows.rows if isinstance(train_rows, WithDraws) else train_rows
+        loss = task.loss(recipe.task, rows["labels"], len(labels), arguments.label_smoothing_factor)
     try:
         trainer = trainer_class(
             model=model,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            data_collator=task.collate(tokenizer, recipe.task),
-            compute_metrics=lambda prediction: measure(pooled(prediction, trainer.evaluated_rows, recipe.task)),
+            data_collator=task.collate(processor, recipe.task),
+            compute_metrics=lambda prediction: measure(by_rows(task, recipe, prediction, trainer.evaluated_rows)),
             compute_loss_func=loss,
             preprocess_logits_for_metrics=task.reduce,
-            processing_class=tokenizer,
+            processing_class=processor,
         )
         if train_rows is not None:
             # made now, while it is plain whose words were wrong; the scheduler is made again when the steps are known
@@ -314,12 +318,3 @@ def build_trainer(
         return trainer
     except _REFUSALS as error:
         raise _refused(error) from error
-
-
-def check_length(recipe: Recipe, model) -> None:
-    """Raises UserError where texts may be longer than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and str(model.config.model_type).removeprefix("zoo_") in COUNTS_FROM_PADDING:
-        positions -= model.config.pad_token_id + 1
-    if positions is not None and recipe.task.max_length > positions:
-        raise UserError(f"task.max_length: {recipe.task.max_length}, but the model has {positions} positions")

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from .dropout import Dropout
 
@@ -34,7 +35,7 @@ class PatchEmbeddings(nn.Module):
         super().__init__()
         self.image_size, self.patch_size = as_pair(config.image_size), as_pair(config.patch_size)
         self.num_channels = config.num_channels
-        patches = (self.image_size[0] // self.patch_size[0]) * (self.image_size[1] // self.patch_size[1])
+        patches = self.grid[0] * self.grid[1]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = Patches(config)
@@ -74,9 +75,28 @@ class PatchEmbeddings(nn.Module):
         """(1, 1 + patches, hidden) for images of this size, those of the trained size interpolated bicubically."""
         if (height, width) == self.image_size:
             return self.position_embeddings
-        trained = [pixels // patch for pixels, patch in zip(self.image_size, self.patch_size, strict=True)]
-        wanted = [pixels // patch for pixels, patch in zip((height, width), self.patch_size, strict=True)]
-        first, rest = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
-        grid = rest.unflatten(1, trained).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=wanted, mode="bicubic", align_corners=False)
-        return torch.cat((first, grid.flatten(2).transpose(1, 2)), dim=1)
+        wanted = (height // self.patch_size[0], width // self.patch_size[1])
+        return resized(self.position_embeddings, self.grid, wanted)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in an image of the model's size."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+
+def resized(positions: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
+    """(1, 1 + patches, hidden): those of a grid of (rows, columns), interpolated bicubically to another."""
+    first, rest = positions[:, :1], positions[:, 1:]
+    rest = rest.unflatten(1, grid).permute(0, 3, 1, 2)
+    rest = F.interpolate(rest, size=wanted, mode="bicubic", align_corners=False)
+    return torch.cat((first, rest.flatten(2).transpose(1, 2)), dim=1)
+
+
+def resize_positions(model: PreTrainedModel, size: tuple[int, int]) -> None:
+    """Makes a model one for images of (height, width) pixels, its positions interpolated for good."""
+    for module in model.modules():
+        if isinstance(module, PatchEmbeddings):
+            grid, module.image_size = module.grid, size
+            with torch.no_grad():
+                module.position_embeddings = nn.Parameter(resized(module.position_embeddings, grid, module.grid))
+    model.config.image_size = size[0] if size[0] == size[1] else list(size)

@@ -1,4 +1,4 @@
-"""Tasks: what a text is for a model, how rows are batched, which head learns them, and how it is measured.
+"""Tasks: what a row is for a model, how rows are batched, which head learns them, and how it is measured.
 
 To add one: a `Task` in a file of this folder, its line in TASKS, and its name in `TASK_TYPES` of `zoo/recipe.py`.
 """
@@ -6,6 +6,7 @@ To add one: a `Task` in a file of this folder, its line in TASKS, and its name i
 from zoo.recipe import TaskSection
 from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
+from zoo.tasks.image_classification import IMAGE_CLASSIFICATION
 from zoo.tasks.text_classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from zoo.tasks.token_classification import TOKEN_CLASSIFICATION
 
@@ -16,6 +17,7 @@ TASKS: dict[str, list[Task]] = {
     "text-classification": [SINGLE_LABEL, MULTI_LABEL, REGRESSION],
     "token-classification": [TOKEN_CLASSIFICATION],
     "fill-mask": [FILL_MASK],
+    "image-classification": [IMAGE_CLASSIFICATION],
 }
 
 

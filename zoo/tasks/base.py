@@ -1,11 +1,12 @@
 """What a task is, and what encoding a batch of texts has in common."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import EvalPrediction, Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
 from zoo.labels import LabelKind
@@ -13,6 +14,8 @@ from zoo.recipe import TaskSection
 
 Rows = dict[str, list]  # of a batch, by column
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+Records = Sequence[Mapping[str, Any]]
+Table = dict[str, dict[str, float]]  # class -> precision, recall, f1, support
 
 IGNORED = -100  # the label of a token that is not learned
 
@@ -20,33 +23,68 @@ IGNORED = -100  # the label of a token that is not learned
 LOWER_IS_BETTER = ("mse", "mae", "perplexity", "calibration_error")
 
 # columns of encoded rows that are counted before training, and never reach a batch
-COUNTED = ("truncated", "unknown", "tokens")
+COUNTED = ("truncated", "unknown", "tokens", "width", "height")
+# families whose first token stands behind the position of padding
+COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
+
+
+def ask_text(row: dict[str, Any], number: int, tokenizer: Any) -> Any:
+    """The text, or the pair, of a row that is asked about. Raises UserError where there is none."""
+    for role, text in row.items():
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"predict: {role} {number} is {'empty' if text == '' else repr(text)}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"predict: {role} {number} is not UTF-8: {text[:60]!r}")
+    return row if "text_pair" in row else row["text"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """encode: (tokenizer, section) -> a function of a batch of rows, as `Dataset.map` calls it.
-    collate: (tokenizer, section) -> a function of a list of encoded rows to a batch of tensors.
+    """What is learned, from a row of data to the words of an answer. A `processor` is a tokenizer, or makes pixels.
+
+    processor: which of them it wants. roles: the columns it reads; labels: how the one it learns is read.
+    encode: (processor, section) -> a function of a batch of rows, as `Dataset.map` calls it; its columns COUNTED are
+    what `counts` puts in words, from the encoded rows, how many rows there were, and the section.
+    collate: (processor, section) -> a function of a list of encoded rows to a batch of tensors.
+    draws: the rows whose collate makes random choices, from the `draw` that each of them then carries.
+    check: raises UserError for a model that cannot read what this section makes.
+
     metrics: (section, label names) -> a function of gathered predictions to numbers, under `metric_names`.
+    reduce: logits on the device -> what is gathered, where whole logits would be too much.
+    pool: (section, predictions, the row of each) -> predictions a row, where a row was encoded as several.
     records: (section, label names) -> a function of gathered predictions to a mapping for each row: `gold`,
     `predicted`, `probabilities`. None where a row has no answer of its own.
-    roles: the columns it reads; a task without pairs has no text_pair. labels: how the one it learns is read.
-    reduce: logits on the device -> what is gathered, where whole logits would be too much.
-    draws: its collate makes random choices, from the `draw` that each row then carries.
+    classes: (label names, records) -> a table of each class. loss: (section, labels of train, classes, smoothing) ->
+    another loss than the model's own, or None.
+
+    asked: the roles that a prediction wants; ask: (these of a row, its number, processor) -> what a pipeline takes, or
+    UserError. pipeline: section -> transformers' own pipeline, or one of ours, and the
+    options of a call. answer: what that says, under the names of `predictions.jsonl`. example: what a card asks it.
     """
 
     name: str
     auto_class: str
     roles: tuple[str, ...]
     labels: LabelKind | None
-    encode: Callable[[PreTrainedTokenizerBase, TaskSection], Callable[[Rows], Rows]]
-    collate: Callable[[PreTrainedTokenizerBase, TaskSection], Collate]
+    encode: Callable[[Any, TaskSection], Callable[[Rows], Rows]]
+    counts: Callable[[Dataset, int, TaskSection], str]
+    collate: Callable[[Any, TaskSection], Collate]
     metrics: Callable[[TaskSection, Sequence[str]], Callable[[EvalPrediction], dict[str, float]]]
     metric_names: tuple[str, ...]
+    pipeline: Callable[[TaskSection], tuple[type[Pipeline] | None, dict[str, Any]]]
+    answer: Callable[[TaskSection, Any], dict[str, Any]]
+    asked: tuple[str, ...] = ("text",)
+    ask: Callable[[dict[str, Any], int, Any], Any] = ask_text
+    example: str = '"Wheat shipments rose"'
+    processor: Literal["tokenizer", "image_processor"] = "tokenizer"
+    check: Callable[[TaskSection, PreTrainedModel], None] = lambda section, model: None
     records: Callable[[TaskSection, Sequence[str]], Callable[[EvalPrediction], Iterator[dict[str, Any]]]] | None = None
+    classes: Callable[[Sequence[str], Records], Table] | None = None
+    pool: Callable[[TaskSection, EvalPrediction, Sequence[int]], EvalPrediction] | None = None
+    loss: Callable[[TaskSection, Sequence[int], int, float], Callable | None] | None = None
     problem_type: str | None = None
     reduce: Callable[..., Any] | None = None
-    draws: bool = False
+    draws: Literal["all", "train"] | None = None
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, section: TaskSection, texts: Sequence[Any], **options) -> Rows:
@@ -81,6 +119,25 @@ def cut(tokenizer: PreTrainedTokenizerBase, section: TaskSection, texts: Sequenc
     rows["unknown"] = [0 if unknown is None else ids.count(unknown) for ids in rows["input_ids"]]
     rows["tokens"] = [len(ids) for ids in rows["input_ids"]]
     return rows
+
+
+def token_counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
+    """What `cut` has counted, in words."""
+    truncated, unknown, tokens = (sum(encoded[name]) for name in ("truncated", "unknown", "tokens"))
+    if section.stride is not None:
+        pieces = f"{len(encoded):,} windows of {section.max_length} tokens"
+    else:
+        pieces = f"{truncated:,} ({truncated / texts:.1%}) cut at {section.max_length} tokens"
+    return f"{texts:,} texts; {pieces}; {unknown:,} of {tokens:,} tokens unknown"
+
+
+def check_length(section: TaskSection, model: PreTrainedModel) -> None:
+    """Raises UserError where texts may be longer than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and str(model.config.model_type).removeprefix("zoo_") in COUNTS_FROM_PADDING:
+        positions -= model.config.pad_token_id + 1
+    if positions is not None and section.max_length > positions:
+        raise UserError(f"task.max_length: {section.max_length}, but the model has {positions} positions")
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> None:

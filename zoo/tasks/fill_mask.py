@@ -9,11 +9,12 @@ import torch
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
-from zoo.recipe import DEFAULT_MLM_PROBABILITY, TASK_ROLES, TaskSection
-from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, cut, padding
+from zoo.recipe import DEFAULT_MLM_PROBABILITY, TASK_TYPES, TaskSection
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, ask_text, check_length, cut, padding, token_counts
 
 # of the chosen tokens: hidden, replaced by any other, and the rest left as they are
 HIDDEN, REPLACED = 0.8, 0.1
+TOP_WORDS = 5  # of an answer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
@@ -78,15 +79,38 @@ def _metrics(section: TaskSection, labels: Sequence[str]):
     return metrics
 
 
+def _ask(row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = ask_text(row, number, tokenizer)
+    if tokenizer.mask_token not in text:
+        raise UserError(f"predict: text {number} has no {tokenizer.mask_token} to fill: {text[:60]!r}")
+    return text
+
+
+def _pipeline(section: TaskSection):
+    return None, {"top_k": TOP_WORDS, "tokenizer_kwargs": {"truncation": True, "max_length": section.max_length}}
+
+
+def _answer(section: TaskSection, answer: Any) -> dict[str, Any]:
+    # one list of words for each mask, where there are several
+    masks = answer if isinstance(answer[0], list) else [answer]
+    return {"predicted": [[{"word": word["token_str"], "score": word["score"]} for word in mask] for mask in masks]}
+
+
 FILL_MASK = Task(
     name="fill-mask",
     auto_class="AutoModelForMaskedLM",
-    roles=TASK_ROLES["fill-mask"],
+    roles=TASK_TYPES["fill-mask"].roles,
     labels=None,
     encode=_encode,
+    counts=token_counts,
+    check=check_length,
     collate=_collate,
     metrics=_metrics,
     metric_names=("accuracy", "perplexity"),
     reduce=_reduce,
-    draws=True,
+    draws="all",
+    ask=_ask,
+    pipeline=_pipeline,
+    answer=_answer,
+    example='"Wheat [MASK] rose"',
 )

@@ -1,19 +1,28 @@
 """A text, or a pair of texts: one class, any number of classes, or a number."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from scipy.special import expit, softmax
+from scipy.special import expit
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase, TextClassificationPipeline
 
 from zoo.labels import LABEL_KINDS
-from zoo.recipe import DEFAULT_THRESHOLD, TASK_ROLES, TaskSection
-from zoo.tasks.base import Collate, Rows, Task, arrays, cut, padding
+from zoo.recipe import DEFAULT_THRESHOLD, TASK_TYPES, TaskSection
+from zoo.tasks.base import Collate, Records, Rows, Table, Task, arrays, check_length, cut, padding, token_counts
+from zoo.tasks.classification import (
+    ONE_METRICS,
+    one_answer,
+    one_classes,
+    one_metrics,
+    one_records,
+    report,
+    scores_of,
+    weighted_loss,
+)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
@@ -36,24 +45,7 @@ def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collat
     return lambda rows: dict(pad(rows))
 
 
-def weighted_loss(labels: Sequence[int], classes: int, smoothing: float = 0.0):
-    """The loss of `task.class_weights: balanced`: a class weighs rows / (classes * its rows), in training alone.
-
-    The weights' mean over the rows is 1, so that the learning rate means what it meant.
-    """
-    counts = np.bincount(labels, minlength=classes)
-    weights = torch.tensor(len(labels) / (classes * np.maximum(counts, 1)), dtype=torch.float32)
-
-    def loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        logits = outputs["logits"]
-        weight = weights.to(logits) if logits.requires_grad else None
-        total = F.cross_entropy(logits, labels, weight=weight, reduction="sum", label_smoothing=smoothing)
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-    return loss
-
-
-def pooled(prediction: EvalPrediction, rows: Sequence[int], section: TaskSection) -> EvalPrediction:
+def pooled(section: TaskSection, prediction: EvalPrediction, rows: Sequence[int]) -> EvalPrediction:
     """One prediction a text from those of its windows, which stand together; `rows` names the text of each."""
     if section.stride is None:
         return prediction
@@ -64,43 +56,6 @@ def pooled(prediction: EvalPrediction, rows: Sequence[int], section: TaskSection
     else:
         logits = np.add.reduceat(logits, starts) / np.diff(starts, append=len(rows))[:, None]
     return EvalPrediction(logits, labels[starts])
-
-
-# One class
-
-
-def calibration_error(probabilities: np.ndarray, gold: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (arXiv 1706.04599, section 3): how far confidence is from accuracy, in equal bins."""
-    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == gold
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[bin_of == n].sum() - right[bin_of == n].sum()) for n in range(bins)]
-    return float(sum(gaps) / len(gold))
-
-
-def _one_metrics(section: TaskSection, labels: Sequence[str]):
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, gold = arrays(prediction)
-        predicted = logits.argmax(-1)
-        return {
-            "accuracy": float(accuracy_score(gold, predicted)),
-            "f1_macro": float(f1_score(gold, predicted, average="macro", zero_division=0)),
-            "calibration_error": calibration_error(softmax(logits, axis=-1), gold),
-        }
-
-    return metrics
-
-
-def _one_records(section: TaskSection, labels: Sequence[str]):
-    def records(prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
-        logits, labels_of = arrays(prediction)
-        for gold, scores in zip(labels_of, softmax(logits, axis=-1), strict=True):
-            yield {
-                "gold": labels[int(gold)],
-                "predicted": labels[int(scores.argmax())],
-                "probabilities": dict(zip(labels, scores.tolist(), strict=True)),
-            }
-
-    return records
 
 
 # Any number of classes
@@ -135,6 +90,18 @@ def _several_records(section: TaskSection, labels: Sequence[str]):
     return records
 
 
+def _several_classes(labels: Sequence[str], records: Records) -> Table:
+    sides = ([record[side] for record in records] for side in ("gold", "predicted"))
+    hot = [np.array([[name in chosen for name in labels] for chosen in side]) for side in sides]
+    return report(hot[0], hot[1], list(labels), by_name=False)
+
+
+def _several_answer(section: TaskSection, answer: Any) -> dict[str, Any]:
+    scores = scores_of(answer)
+    chosen = [label for label, score in scores.items() if score >= threshold(section)]
+    return {"predicted": chosen, "probabilities": scores}
+
+
 # A number
 
 
@@ -161,25 +128,76 @@ def _number_records(section: TaskSection, labels: Sequence[str]):
     return records
 
 
-def _task(problem_type: str, labels: str, metrics: Callable, metric_names: tuple[str, ...], records: Callable) -> Task:
-    return Task(
-        name="text-classification",
-        auto_class="AutoModelForSequenceClassification",
-        roles=TASK_ROLES["text-classification"],
-        labels=LABEL_KINDS[labels],
-        encode=_encode,
-        collate=_collate,
-        metrics=metrics,
-        metric_names=metric_names,
-        records=records,
-        problem_type=problem_type,
-    )
+def _number_answer(section: TaskSection, answer: Any) -> dict[str, Any]:
+    return {"predicted": next(iter(scores_of(answer).values()))}
 
 
-SINGLE_LABEL = _task(
-    "single_label_classification", "class", _one_metrics, ("accuracy", "f1_macro", "calibration_error"), _one_records
+# Answers
+
+
+class Windows(TextClassificationPipeline):
+    """Reads a long text in windows, as the model was trained (`task.stride`), and pools their logits."""
+
+    pooling = "mean"
+
+    def _forward(self, model_inputs):  # type: ignore[override] # as the class above has it
+        model_inputs.pop("overflow_to_sample_mapping")
+        logits = self.model(**model_inputs).logits
+        return {"logits": logits.amax(0, keepdim=True) if self.pooling == "max" else logits.mean(0, keepdim=True)}
+
+
+class MaxWindows(Windows):
+    pooling = "max"
+
+
+def _pipeline(section: TaskSection):
+    options: dict[str, Any] = {"truncation": True, "max_length": section.max_length, "top_k": None}
+    if section.stride is None:
+        return None, options
+    # the windows of one text are its batch
+    windows = {"stride": section.stride, "return_overflowing_tokens": True, "padding": True, "batch_size": 1}
+    return MaxWindows if section.pooling == "max" else Windows, options | windows
+
+
+SINGLE_LABEL = Task(
+    name="text-classification",
+    auto_class="AutoModelForSequenceClassification",
+    roles=TASK_TYPES["text-classification"].roles,
+    labels=LABEL_KINDS["class"],
+    encode=_encode,
+    counts=token_counts,
+    check=check_length,
+    collate=_collate,
+    metrics=one_metrics,
+    metric_names=ONE_METRICS,
+    records=one_records,
+    classes=one_classes,
+    pool=pooled,
+    loss=weighted_loss,
+    problem_type="single_label_classification",
+    asked=("text", "text_pair"),
+    pipeline=_pipeline,
+    answer=one_answer,
 )
-MULTI_LABEL = _task(
-    "multi_label_classification", "classes", _several_metrics, ("accuracy", "f1_micro", "f1_macro"), _several_records
+MULTI_LABEL = replace(
+    SINGLE_LABEL,
+    labels=LABEL_KINDS["classes"],
+    metrics=_several_metrics,
+    metric_names=("accuracy", "f1_micro", "f1_macro"),
+    records=_several_records,
+    classes=_several_classes,
+    loss=None,
+    problem_type="multi_label_classification",
+    answer=_several_answer,
 )
-REGRESSION = _task("regression", "number", _number_metrics, ("mse", "mae", "pearsonr", "spearmanr"), _number_records)
+REGRESSION = replace(
+    SINGLE_LABEL,
+    labels=LABEL_KINDS["number"],
+    metrics=_number_metrics,
+    metric_names=("mse", "mae", "pearsonr", "spearmanr"),
+    records=_number_records,
+    classes=None,
+    loss=None,
+    problem_type="regression",
+    answer=_number_answer,
+)

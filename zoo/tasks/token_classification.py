@@ -7,8 +7,20 @@ import numpy as np
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
 from zoo.labels import LABEL_KINDS
-from zoo.recipe import TASK_ROLES, TaskSection
-from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, cut, padding
+from zoo.recipe import TASK_TYPES, TaskSection
+from zoo.tasks.base import (
+    IGNORED,
+    Collate,
+    Records,
+    Rows,
+    Table,
+    Task,
+    arrays,
+    check_length,
+    cut,
+    padding,
+    token_counts,
+)
 from zoo.tasks.spans import scores
 
 
@@ -61,14 +73,31 @@ def _records(section: TaskSection, labels: Sequence[str]):
     return records
 
 
+def _classes(labels: Sequence[str], records: Records) -> Table:
+    """Of each kind of span."""
+    found = scores(*([record[side] for record in records] for side in ("gold", "predicted")))
+    return {kind: values for kind, values in found.items() if kind}
+
+
+def _answer(section: TaskSection, answer: Any) -> dict[str, Any]:
+    spans = ({key: value.item() if hasattr(value, "item") else value for key, value in span.items()} for span in answer)
+    return {"predicted": list(spans)}
+
+
 TOKEN_CLASSIFICATION = Task(
     name="token-classification",
     auto_class="AutoModelForTokenClassification",
-    roles=TASK_ROLES["token-classification"],
+    roles=TASK_TYPES["token-classification"].roles,
     labels=LABEL_KINDS["tags"],
     encode=_encode,
+    counts=token_counts,
+    check=check_length,
     collate=_collate,
     metrics=_metrics,
     metric_names=("accuracy", "precision", "recall", "f1"),
     records=_records,
+    classes=_classes,
+    # a word's tag is learned and measured at its first piece
+    pipeline=lambda section: (None, {"aggregation_strategy": "first"}),
+    answer=_answer,
 )

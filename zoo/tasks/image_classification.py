@@ -1,0 +1,94 @@
+"""One label for an image."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from zoo.errors import UserError
+from zoo.images import augmented, open_image
+from zoo.labels import LABEL_KINDS
+from zoo.recipe import TASK_TYPES, TaskSection
+from zoo.tasks.base import Collate, Rows, Task
+from zoo.tasks.classification import (
+    ONE_METRICS,
+    one_answer,
+    one_classes,
+    one_metrics,
+    one_records,
+    weighted_loss,
+)
+
+
+def _encode(processor: BaseImageProcessor, section: TaskSection):
+    """Looks at each image once, so that a broken one is named before anything is trained."""
+
+    def encode(rows: Rows) -> Rows:
+        found: Rows = {"width": [], "height": []}
+        for row, image in zip(rows["row"], rows["image"], strict=True):
+            width, height = open_image(image, f"data: image of row {row}").size
+            found["width"].append(width)
+            found["height"].append(height)
+        return found
+
+    return encode
+
+
+def _counts(looked_at: Dataset, images: int, section: TaskSection) -> str:
+    sizes = Counter(zip(looked_at["height"], looked_at["width"], strict=True)).most_common()
+    usual = ", ".join(f"{count:,} of {height} x {width}" for (height, width), count in sizes[:3])
+    return f"{images:,} images, {usual}{', ...' if len(sizes) > 3 else ''}"
+
+
+def _collate(processor: BaseImageProcessor, section: TaskSection) -> Collate:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        images = [open_image(row["image"], f"data: image of row {row['row']}") for row in rows]
+        if section.augmentation is not None:
+            # rows that are only evaluated carry no draw
+            pairs = zip(images, rows, strict=True)
+            images = [augmented(image, section.augmentation, row["draw"]) if "draw" in row else image
+                      for image, row in pairs]  # fmt: skip
+        batch = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
+        return batch | {key: torch.tensor([row[key] for row in rows]) for key in ("labels", "row")}
+
+    return collate
+
+
+def _check(section: TaskSection, model: PreTrainedModel) -> None:
+    channels = getattr(model.config, "num_channels", 3)
+    if channels != 3:
+        raise UserError(f"model: reads images of {channels} channels; this task makes three, red, green and blue")
+
+
+def _ask(row: dict[str, Any], number: int, processor: BaseImageProcessor) -> Any:
+    image = open_image(row["image"], f"predict: image {number}")
+    # a file is opened again when its turn comes: many images would fill the memory
+    return row["image"] if isinstance(row["image"], str) else row["image"].get("path") or image
+
+
+IMAGE_CLASSIFICATION = Task(
+    name="image-classification",
+    auto_class="AutoModelForImageClassification",
+    roles=TASK_TYPES["image-classification"].roles,
+    labels=LABEL_KINDS["class"],
+    processor="image_processor",
+    encode=_encode,
+    counts=_counts,
+    check=_check,
+    collate=_collate,
+    draws="train",
+    metrics=one_metrics,
+    metric_names=ONE_METRICS,
+    records=one_records,
+    classes=one_classes,
+    loss=weighted_loss,
+    problem_type="single_label_classification",
+    asked=("image",),
+    ask=_ask,
+    # all of them; the pipeline takes no None for it
+    pipeline=lambda section: (None, {"top_k": 10**6}),
+    answer=one_answer,
+    example='"photo.png"',
+)
