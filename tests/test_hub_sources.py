@@ -17,7 +17,7 @@ from tests.hub_server import TOKEN
 from zoo import hub
 from zoo.data import load_splits
 from zoo.errors import RunError, UserError
-from zoo.loading import load_model, load_tokenizer
+from zoo.loading import load_model, load_processor
 from zoo.recipe import DataSection, ModelSection
 
 pytestmark = pytest.mark.usefixtures("online", "no_waiting")
@@ -32,7 +32,7 @@ def refused(repo: str, error=UserError, **keys) -> str:
         ask(repo, **keys)
     said = str(caught.value)
     with pytest.raises(error) as caught:
-        load_tokenizer(ModelSection(path=repo, **keys))
+        load_processor(ModelSection(path=repo, **keys), "tokenizer")
     also = str(caught.value)
     assert TOKEN not in said + also
     assert also == said or ("no readable config.json" in said and "its tokenizer cannot be read" in also)

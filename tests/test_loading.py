@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tests.models.tiny import SKELETON, config_for, native_class, randomise
 from zoo.errors import RunError, UserError
-from zoo.loading import assert_same_adapter, assert_same_weights, load_model, load_tokenizer
+from zoo.loading import assert_same_adapter, assert_same_weights, load_model, load_processor
 from zoo.models.modeling_bert import ZooBertForSequenceClassification, ZooBertModel
 from zoo.recipe import ModelSection
 
@@ -252,10 +252,11 @@ def test_variants_that_are_refused(tiny_bert):
 
 
 def test_tokenizers(copy):
-    assert load_tokenizer(section(copy))("oil shares")["input_ids"][0] == load_tokenizer(section(copy)).cls_token_id
+    tokenizer = load_processor(section(copy), "tokenizer")
+    assert tokenizer("oil shares")["input_ids"][0] == tokenizer.cls_token_id
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="its tokenizer cannot be read"):
-        load_tokenizer(section(copy))
+        load_processor(section(copy), "tokenizer")
 
 
 # The proof

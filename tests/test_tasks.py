@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, EvalPrediction
 from tests.conftest import NER, read_r8, write_csv
 from zoo.data import WithDraws, load_splits
 from zoo.errors import UserError
-from zoo.recipe import TASK_ROLES, TASK_TYPES, DataSection, TaskSection
+from zoo.recipe import TASK_TYPES, DataSection, TaskSection
 from zoo.recipe_loading import load_recipe
 from zoo.tasks import TASKS, task_of
 from zoo.tasks.base import cut
@@ -286,17 +286,17 @@ def test_spans_are_those_of_seqeval(prefixes):
 def test_windows_are_pooled():
     logits, labels = np.array([[1.0, 0.0], [3.0, 2.0], [5.0, 5.0]]), np.array([1, 1, 0])
     rows = [7, 7, 3]
-    mean = pooled(EvalPrediction(logits, labels), rows, section(stride=4))
+    mean = pooled(section(stride=4), EvalPrediction(logits, labels), rows)
     assert mean.predictions.tolist() == [[2.0, 1.0], [5.0, 5.0]] and mean.label_ids.tolist() == [1, 0]
-    largest = pooled(EvalPrediction(logits, labels), rows, section(stride=4, pooling="max"))
+    largest = pooled(section(stride=4, pooling="max"), EvalPrediction(logits, labels), rows)
     assert largest.predictions.tolist() == [[3.0, 2.0], [5.0, 5.0]]
     whole = EvalPrediction(logits, labels)
-    assert pooled(whole, rows, section()) is whole
+    assert pooled(section(), whole, rows) is whole
 
 
 def test_balanced_classes_weigh_the_same():
     labels = [0] * 6 + [1] * 2
-    loss = weighted_loss(labels, 2)
+    loss = weighted_loss(section(class_weights="balanced"), labels, 2)
     logits = torch.zeros(8, 2, requires_grad=True)
     loss({"logits": logits}, torch.tensor(labels)).backward()
     pull = logits.grad.abs().sum(-1)
@@ -371,6 +371,6 @@ def test_keys_that_a_task_does_not_read(tmp_path, task, says):
 
 
 def test_the_registry_and_the_schema_name_the_same_tasks():
-    assert TASKS.keys() == TASK_TYPES.keys() == TASK_ROLES.keys()
+    assert TASKS.keys() == TASK_TYPES.keys()
     for name, tasks in TASKS.items():
-        assert all(task.name == name and task.roles == TASK_ROLES[name] for task in tasks)
+        assert all(task.name == name and task.roles == TASK_TYPES[name].roles for task in tasks)

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 import zoo.evaluation
 from zoo.data import load_splits
 from zoo.errors import Interrupted, RunError, UserError
-from zoo.loading import load_model, load_tokenizer
+from zoo.loading import load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
 from zoo.train import build_trainer, encoded, run
@@ -524,7 +524,8 @@ def test_a_variant_carries_its_code(tiny_bert, r8, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["model_type"] == "zoo_bert" and config["attention_kwargs"] == {"local": {"window": 2}}
     section = make_recipe(tmp_path / "run", r8).model
-    model, tokenizer = load_model(section, "AutoModelForSequenceClassification").eval(), load_tokenizer(section)
+    model = load_model(section, "AutoModelForSequenceClassification").eval()
+    tokenizer = load_processor(section, "tokenizer")
     assert model.config.attention == ["full", "local"], "a checkpoint keeps its attention"
     text = "shares of the oil company rose on the takeover offer said traders"
     ours = model(**tokenizer(text, return_tensors="pt")).logits
@@ -558,7 +559,7 @@ def make_trainer(recipe: Recipe, directory: Path, train: dict | None = None, **c
     torch.manual_seed(3)
     splits = load_splits(recipe.data, task.roles, 7, kind=task.labels)
     model = load_model(recipe.model.model_copy(update={"config": config}), task.auto_class, splits.labels)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_processor(recipe.model, "tokenizer")
     rows = [encoded(part, recipe, task, tokenizer, 7)[0] for part in (splits.train, splits.validation)]
     settings = TrainingArguments(output_dir=str(directory), **arguments)
     return build_trainer(recipe, task, model, tokenizer, settings, splits.labels, *rows)

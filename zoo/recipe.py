@@ -374,7 +374,11 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _plain_section(section: Section) -> dict[str, Any]:
-    read = {"type", *TASK_TYPES[section.type].keys} if isinstance(section, TaskSection) else set(section.model_fields)
+    read = (
+        {"type", *TASK_TYPES[section.type].keys}
+        if isinstance(section, TaskSection)
+        else set(type(section).model_fields)
+    )
     values = {key: value for key, value in section if key in read and value is not None}
     return {key: _plain_section(value) if isinstance(value, Section) else value for key, value in values.items()}
 
