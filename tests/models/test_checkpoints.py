@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from zoo.models import FAMILIES
 
 from .test_parity import assert_close
-from .tiny import HEADS, SKELETON, VOCAB, config_for, make_inputs, make_pair, native_class, randomise
+from .tiny import CONFIGS, HEADS, SKELETON, VOCAB, config_for, make_inputs, make_pair, native_class, randomise
 
 heads = pytest.mark.parametrize(("family", "official"), HEADS, ids=[name for _, name in HEADS])
 TIED = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("t5", "T5ForConditionalGeneration")]
@@ -216,7 +216,7 @@ def test_t5_feed_forwards_of_both_kinds_save_their_own_names(gated, tmp_path):
 
 def test_t5_with_a_head_of_its_own(tmp_path):
     """v1.1: the head in the checkpoint differs from the embeddings, and the states are not scaled."""
-    config = config_for("t5", "T5ForConditionalGeneration", tie_word_embeddings=False)
+    config = config_for("t5", "T5ForConditionalGeneration", scale_decoder_outputs=False)
     model = randomise(transformers.T5ForConditionalGeneration(config)).eval()
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     model.save_pretrained(tmp_path / "official")
@@ -228,6 +228,51 @@ def test_t5_with_a_head_of_its_own(tmp_path):
         native.save_pretrained(tmp_path / str(official), official=official)
         assert_same_outputs(load("t5", "T5ForConditionalGeneration", tmp_path / str(official))[0], model, inputs)
     assert_same_outputs(native, type(model).from_pretrained(tmp_path / "True").eval(), inputs)
+
+
+def test_a_new_t5_v1_1_has_a_head_of_its_own(tmp_path):
+    fields = config_for("t5", "T5ForConditionalGeneration", d_model=256).to_dict() | {"tie_word_embeddings": False}
+    fields.pop("scale_decoder_outputs")
+    zoo = native_class("t5", "T5ForConditionalGeneration")
+    torch.manual_seed(0)
+    native = zoo(zoo.config_class.from_dict(fields)).eval()
+    assert not native.config.scale_decoder_outputs
+    assert tied_groups(native) == {
+        frozenset({"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
+    }
+    # 67 x 256 draws from N(0, 1), as in Mesh TensorFlow
+    assert abs(native.lm_head.weight.std() - 1) < 0.03
+    inputs = make_inputs("t5", "T5ForConditionalGeneration", "none")
+    for official in (False, True):
+        native.save_pretrained(tmp_path / str(official), official=official)
+        reopened, info = load("t5", "T5ForConditionalGeneration", tmp_path / str(official))
+        assert_complete(info)
+        assert tied_groups(reopened) == tied_groups(native)
+        assert_same_outputs(reopened, native, inputs)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "True").eval()
+    assert_same_outputs(native, model, inputs)
+
+
+def test_a_t5_v1_1_that_was_saved_with_one_matrix(tmp_path):
+    """As transformers 5 makes a new one: tied, and not scaled."""
+    model, native = make_pair("t5", "T5ForConditionalGeneration", tmp_path / "official", scale_decoder_outputs=False)
+    inputs = make_inputs("t5", "T5ForConditionalGeneration", "none")
+    assert not native.config.scale_decoder_outputs and tied_groups(native) == tied_groups(model)
+    assert_same_outputs(native, model, inputs)
+    native.save_pretrained(tmp_path / "again")
+    reopened, info = load("t5", "T5ForConditionalGeneration", tmp_path / "again")
+    assert_complete(info)
+    assert_same_outputs(reopened, model, inputs)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_new_config_has_the_official_defaults(family):
+    _, base, _ = FAMILIES[family]
+    ours, official = base.config_class().to_dict(), base.official_config_class().to_dict()
+    assert {name: value for name, value in ours.items() if official.get(name, value) != value} == {
+        "model_type": f"zoo_{family}"
+    }
+    assert ours.keys() - official.keys() == {"attention", "attention_kwargs"}
 
 
 AUTOS = {

@@ -159,8 +159,19 @@ class ZooT5ForConditionalGeneration(_Stacks, GenerationMixin):
 
     def __init__(self, config: ZooT5Config):
         super().__init__(config)
+        if not config.scale_decoder_outputs:
+            # v1.1, whose head is a matrix of its own. `tie_word_embeddings` does not say so: transformers 5 makes it
+            # true in every T5, for the stacks share their embeddings.
+            self._tied_weights_keys = _Stacks._tied_weights_keys
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        if missing_keys and "lm_head.weight" in missing_keys:
+            # a v1.1 made by transformers 5, which ties its head: one matrix was saved
+            self._tied_weights_keys = type(self)._tied_weights_keys
+            self.all_tied_weights_keys |= self._tied_weights_keys
+        super().tie_weights(missing_keys, recompute_mapping)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """(batch, length) labels -> the decoder's inputs: shifted right behind the start token, -100 made padding."""

@@ -64,6 +64,8 @@ class ZooT5Config(VariantConfig, T5Config):
     """`T5Config` and the attention variant."""
 
     model_type = "zoo_t5"
+    # VariantConfig, coming first in the bases, brings the default of all other families
+    is_encoder_decoder: bool = True
 
 
 def block_spec(config: T5Config) -> BlockSpec:
@@ -130,7 +132,8 @@ class ZooT5PreTrainedModel(ZooPreTrainedModel):
         """What stands directly under a class with stacks or a head."""
         narrow = factor * self.config.d_model**-0.5
         deviations = {"shared": factor, "qa_outputs": narrow, "classifier": factor}
-        if not self.config.tie_word_embeddings:
+        if not self.config.scale_decoder_outputs:
+            # of v1.1, which is not tied
             deviations["lm_head"] = factor
         for name, std in deviations.items():
             layer = getattr(module, name, None)
