@@ -37,7 +37,7 @@ def test_contents(wheel):
     code = {str(file.relative_to(REPO)) for file in (REPO / "zoo").rglob("*.py")}
     info = {name for name in names if ".dist-info/" in name}
     assert "zoo/_recipes/bert/finetune-topics.yaml" in recipes
-    assert names - info == {"cli.py"} | recipes | code
+    assert names - info == {"cli.py", "zoo/sizes.json"} | recipes | code
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
 

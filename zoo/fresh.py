@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from zoo.errors import UserError, did_you_mean
+from zoo.models import FAMILIES
 from zoo.recipe import ModelSection
 from zoo.sizes import SIZES
 
@@ -14,50 +15,65 @@ BELONGS_TO = {"num_labels": "id2label", "attention_kwargs": "attention"}
 SPECIAL = ("pad", "bos", "eos", "sep", "cls")
 
 
-def fresh_config(
-    section: ModelSection,
-    changes: dict[str, Any],
-    processor: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
+def recipe_config(
+    section: ModelSection, changes: dict[str, Any], processor: PreTrainedTokenizerBase | BaseImageProcessor | None
 ) -> PreTrainedConfig:
     """The config of `model.size` or `model.config.model_type`, with `changes` to its fields.
 
-    processor: a tokenizer, whose vocabulary and special tokens it takes where `changes` do not say. Raises UserError
-    for a name that there is not, a field that its config has not, and a value that it refuses.
+    Of a tokenizer it takes the vocabulary and the special tokens, where `changes` do not say. Raises UserError.
     """
-    from_size = section.size is not None
-    where = f"model.size: {section.size}" if from_size else f"model.config.model_type: {changes['model_type']}"
-    if from_size and section.size not in SIZES:
+    changes = dict(changes)
+    name = section.size or str(changes.pop("model_type"))
+    if section.size is not None and section.size not in SIZES:
         near = did_you_mean(section.size, SIZES) or "; zoo ls models shows all"
-        raise UserError(f"{where}: there is no such size{near}")
-    model_type, fields = SIZES[str(section.size)] if from_size else (str(changes["model_type"]), {})
-    changes = {field: value for field, value in changes.items() if field != "model_type"}
-    config_class = _config_class(section, where, model_type)
-    known = {*config_class().to_dict(), *config_class.attribute_map, "num_labels"}
-    for field in section.config.keys() - {"model_type"}:
-        if field not in known:
-            near = did_you_mean(field, known)
-            raise UserError(f"model.config.{field}: {config_class.__name__} has no such field{near}")
-    kept = {field: value for field, value in fields.items() if BELONGS_TO.get(field) not in changes}
+        raise UserError(f"model.size: {section.size}: there is no such size{near}")
     taken = _of_tokenizer(processor) if isinstance(processor, PreTrainedTokenizerBase) else {}
+    known = known_fields(config_class(name, section.implementation == "native"))
     taken = {field: value for field, value in taken.items() if field in known}
+    return fresh_config(name, section.implementation == "native", **{**taken, **changes})
+
+
+def fresh_config(name: str, native: bool = True, **changes: Any) -> PreTrainedConfig:
+    """The native config, or the official one, of a size of `SIZES` or a model type, with `changes` to its fields.
+
+    Raises UserError for a name that there is not, a field that its config has not, and a value that it refuses.
+    """
+    made = config_class(name, native)
+    known = known_fields(made)
+    for field in changes:
+        if field not in known:
+            raise UserError(f"model.config.{field}: {made.__name__} has no such field{did_you_mean(field, known)}")
+    fields = {field: value for field, value in _own(name).items() if BELONGS_TO.get(field) not in changes}
+    if not native and "attention" in fields:
+        raise UserError(f"model.size: {name}: official classes know full attention only; use implementation: native")
     try:
-        return config_class(**{**kept, **taken, **changes})
+        return made(**{**fields, **changes})
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise UserError(f"{where}: its config is refused: {' '.join(str(error).split())}") from error
+        raise UserError(f"model {name}: its config is refused: {' '.join(str(error).split())}") from error
 
 
-def _config_class(section: ModelSection, where: str, model_type: str) -> type[PreTrainedConfig]:
-    from zoo.models import FAMILIES
+def _own(name: str) -> dict[str, Any]:
+    return SIZES[name][1] if name in SIZES else {}
 
-    if section.implementation == "native":
+
+def config_class(name: str, native: bool) -> type[PreTrainedConfig]:
+    model_type = SIZES[name][0] if name in SIZES else name
+    if native:
         family = model_type.removeprefix("zoo_")
         if family not in FAMILIES:
-            raise UserError(f"{where}: no native class, only for {', '.join(FAMILIES)}; use implementation: official")
+            near = did_you_mean(name, [*SIZES, *FAMILIES]) or "; zoo ls models shows all"
+            raise UserError(
+                f"model {name}: no native class or size is called so{near}; or use implementation: official"
+            )
         return FAMILIES[family][1].config_class
     try:
         return type(AutoConfig.for_model(model_type))
     except ValueError as error:
-        raise UserError(f"{where}: transformers has no such model type") from error
+        raise UserError(f"model.config.model_type: {name}: transformers has no such model type") from error
+
+
+def known_fields(of: type[PreTrainedConfig]) -> set[str]:
+    return {*of().to_dict(), *of.attribute_map, "num_labels"}
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

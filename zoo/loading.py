@@ -26,7 +26,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.utils import cached_file
 
 from zoo.errors import RunError, UserError, did_you_mean
-from zoo.fresh import fresh_config
+from zoo.fresh import recipe_config
 from zoo.hub_errors import hub_failure
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
@@ -135,7 +135,7 @@ def _fresh(
     section: ModelSection, auto_class: str, changes: dict[str, Any], processor: Processor | None
 ) -> PreTrainedModel:
     """A model of the recipe's size, or model_type, with random weights."""
-    config = fresh_config(section, changes, processor)
+    config = recipe_config(section, changes, processor)
     if section.implementation == "native":
         model_class: Any = _native_class(f"{config.model_type}", config.model_type, auto_class)
         make = model_class._from_config

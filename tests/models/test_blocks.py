@@ -1,4 +1,4 @@
-"""What a spec says about its block (parameters, FLOPs, bytes) against the real block, and published sizes."""
+"""What a spec says about its block (parameters, FLOPs, bytes) against the real block; losses at the start."""
 
 import itertools
 import math
@@ -8,12 +8,11 @@ import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AlbertConfig, BertConfig, DistilBertConfig, GPT2Config, RobertaConfig, T5Config, ViTConfig
+from transformers import BertConfig, GPT2Config, RobertaConfig, T5Config
 from transformers.core_model_loading import revert_weight_conversion
 
 from zoo.models.blocks import Block, BlockSpec
 from zoo.models.modeling_bert import block_spec as bert_spec
-from zoo.models.modeling_gpt2 import block_spec as gpt2_spec
 
 from .tiny import native_class
 
@@ -65,25 +64,6 @@ def test_activation_bytes_of_megatron():
     assert bert_spec(BertConfig()).activation_bytes(512) == 27.75 * 2**20
 
 
-def test_cache_bytes_of_gpt2_and_gpt3():
-    # 2 x layers x width x 2 bytes
-    small = GPT2Config()
-    assert sum(gpt2_spec(small, i).cache_bytes_per_token() for i in range(small.n_layer)) == 36_864
-    large = GPT2Config(n_embd=12288, n_layer=96, n_head=96)
-    assert sum(gpt2_spec(large, i).cache_bytes_per_token() for i in range(96)) == 4_718_592
-
-
-def test_training_flops_of_gpt2():
-    # PaLM, arXiv 2204.02311, appendix B: 6 N + 12 L H Q T, here with the weights that multiply (embeddings apart)
-    config = GPT2Config()
-    matrices = 12 * 12 * 768**2
-    blocks = sum(3 * gpt2_spec(config, i).flops_per_token(1024) for i in range(config.n_layer))
-    assert blocks == 6 * matrices + 12 * 12 * 768 * 1024
-    # nanoGPT's figure counts biases, norms and wte as well: 6 x 123,653,376 + the same attention term
-    rest = 124_439_808 - 1024 * 768 - matrices
-    assert blocks + 6 * rest == 855_166_464
-
-
 def bert(layers, width):
     return BertConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=4 * width
@@ -97,12 +77,6 @@ def roberta(layers, width):
     )  # fmt: skip
 
 
-def albert(layers, width, heads):
-    return AlbertConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width
-    )
-
-
 def gpt2(layers, width, heads):
     return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
 
@@ -111,73 +85,8 @@ def t5(layers, d_model, d_ff, heads, **kwargs):
     return T5Config(d_model=d_model, d_ff=d_ff, num_layers=layers, num_heads=heads, **kwargs)
 
 
-LM, T5LM, VIT = "GPT2LMHeadModel", "T5ForConditionalGeneration", "ViTForImageClassification"
-V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-
-
-def vit(width, heads, layers=12, patch=16, image=224):
-    return ViTConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-        patch_size=patch, image_size=image, num_labels=1000,
-    )  # fmt: skip
-
-
-SIZES = {
-    # Turc et al. 2019, arXiv 1908.08962, table 1: 4.4, 11.3, 29.1, 41.7 M; Devlin et al. 2018, section 3: 110, 340 M
-    "bert-tiny": ("bert", "BertModel", bert(2, 128), 4_385_920),
-    "bert-mini": ("bert", "BertModel", bert(4, 256), 11_170_560),
-    "bert-small": ("bert", "BertModel", bert(4, 512), 28_763_648),
-    "bert-medium": ("bert", "BertModel", bert(8, 512), 41_373_184),
-    "bert-base": ("bert", "BertModel", bert(12, 768), 109_482_240),
-    "bert-base mlm": ("bert", "BertForMaskedLM", bert(12, 768), 109_514_298),
-    "bert-base pretraining": ("bert", "BertForPreTraining", bert(12, 768), 110_106_428),
-    "bert-large": ("bert", "BertModel", bert(24, 1024), 335_141_888),
-    "bert-large pretraining": ("bert", "BertForPreTraining", bert(24, 1024), 336_226_108),
-    # Liu et al. 2019, section 3.1, 5.1: 125, 355 M
-    "roberta-base": ("roberta", "RobertaModel", roberta(12, 768), 124_645_632),
-    "roberta-base mlm": ("roberta", "RobertaForMaskedLM", roberta(12, 768), 124_697_433),
-    "roberta-large": ("roberta", "RobertaModel", roberta(24, 1024), 355_359_744),
-    "roberta-large mlm": ("roberta", "RobertaForMaskedLM", roberta(24, 1024), 355_412_057),
-    # Lan et al. 2019, table 1: 12, 18 M
-    "albert-base": ("albert", "AlbertModel", albert(12, 768, 12), 11_683_584),
-    "albert-large": ("albert", "AlbertModel", albert(24, 1024, 16), 17_683_968),
-    # Sanh et al. 2019, table 3: 66 M
-    "distilbert": ("distilbert", "DistilBertModel", DistilBertConfig(), 66_362_880),
-    "distilbert mlm": ("distilbert", "DistilBertForMaskedLM", DistilBertConfig(), 66_985_530),
-    # Radford et al. 2019, table 2, corrected in the release: 124, 355, 774, 1558 M
-    "gpt2": ("gpt2", LM, gpt2(12, 768, 12), 124_439_808),
-    "gpt2-medium": ("gpt2", LM, gpt2(24, 1024, 16), 354_823_168),
-    "gpt2-large": ("gpt2", LM, gpt2(36, 1280, 20), 774_030_080),
-    "gpt2-xl": ("gpt2", LM, gpt2(48, 1600, 25), 1_557_611_200),
-    # Raffel et al. 2019, section 3.7: 60, 220, 770 M, 3 and 11 B; v1.1: the T5X model list, 77, 250, 800 M
-    "t5-small": ("t5", T5LM, t5(6, 512, 2048, 8), 60_506_624),
-    "t5-base": ("t5", T5LM, t5(12, 768, 3072, 12), 222_903_552),
-    "t5-large": ("t5", T5LM, t5(24, 1024, 4096, 16), 737_668_096),
-    "t5-3b": ("t5", T5LM, t5(24, 1024, 16384, 32, d_kv=128), 2_851_598_336),
-    "t5-11b": ("t5", T5LM, t5(24, 1024, 65536, 128, d_kv=128), 11_307_321_344),
-    "t5-v1.1-small": ("t5", T5LM, t5(8, 512, 1024, 6, **V11), 76_961_152),
-    "t5-v1.1-base": ("t5", T5LM, t5(12, 768, 2048, 12, **V11), 247_577_856),
-    # Touvron et al. 2020 (arXiv 2012.12877), table 1: 5, 22, 86 M; Dosovitskiy et al. 2020, table 1: 86, 307 M
-    "vit-ti/16": ("vit", VIT, vit(192, 3), 5_717_416),
-    "vit-s/16": ("vit", VIT, vit(384, 6), 22_050_664),
-    "vit-b/16": ("vit", VIT, vit(768, 12), 86_567_656),
-    "vit-b/32": ("vit", VIT, vit(768, 12, patch=32), 88_224_232),
-    "vit-l/16": ("vit", VIT, vit(1024, 16, layers=24), 304_326_632),
-    "vit-b/16 at 384": ("vit", VIT, vit(768, 12, image=384), 86_859_496),
-    "t5-v1.1-large": ("t5", T5LM, t5(24, 1024, 2816, 16, **V11), 783_150_080),
-}
-
-
 def native_config(family, official, config):
     return native_class(family, official).config_class.from_dict(config.to_dict())
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_published_sizes(name):
-    family, official, config, count = SIZES[name]
-    with torch.device("meta"):
-        model = native_class(family, official)(native_config(family, official, config))
-    assert model.num_parameters() == count
 
 
 # ln V + 0.30 for BERT and GPT-2; T5 v1.0 starts at 11.02: shared/design/reference-values.md, "Objectives"
