@@ -185,7 +185,7 @@ def test_a_fresh_config_takes_changes():
     ("name", "changes", "says"),
     [
         ("bert-bas", {}, "model bert-bas: no size or native family; did you mean bert-base?"),
-        ("xyz", {}, "model xyz: no size or native family; zoo ls models shows all"),
+        ("xyz", {}, "model xyz: no size or native family; zoo ls models shows all; or use implementation: official"),
         ("gpt2", {"n_layers": 3}, "model.config.n_layers: ZooGPT2Config has no such field; did you mean n_layer?"),
         ("gpt2", {"n_head": 7}, "n_embd 768 is not a multiple of n_head 7"),
         ("gpt2", {"n_layer": "3"}, "model gpt2: its config is refused: .*n_layer"),

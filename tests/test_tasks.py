@@ -20,10 +20,11 @@ from zoo.recipe import TASK_TYPES, DataSection, TaskSection
 from zoo.recipe_loading import load_recipe
 from zoo.tasks import TASKS, task_of
 from zoo.tasks.base import cut
+from zoo.tasks.classification import calibration_error, weighted_loss
 from zoo.tasks.fill_mask import masked
 from zoo.tasks.metrics import own_metrics
 from zoo.tasks.spans import scores, spans
-from zoo.tasks.text_classification import calibration_error, pooled, weighted_loss
+from zoo.tasks.text_classification import pooled
 
 
 def section(kind: str = "text-classification", **keys) -> TaskSection:

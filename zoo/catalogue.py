@@ -49,9 +49,9 @@ def attentions() -> Iterator[dict[str, Any]]:
 
 
 def tasks() -> Iterator[dict[str, Any]]:
-    """Values of `task.type`."""
-    for name, summary in TASK_TYPES.items():
-        yield {"name": name, "summary": summary}
+    """Values of `task.type`, with the columns and the keys of `task` that each reads."""
+    for name, task in TASK_TYPES.items():
+        yield {"name": name, "summary": task.summary, "columns": list(task.roles), "keys": list(task.keys)}
 
 
 KINDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {

@@ -62,9 +62,7 @@ def config_class(name: str, native: bool) -> type[PreTrainedConfig]:
         family = model_type.removeprefix("zoo_")
         if family not in FAMILIES:
             near = did_you_mean(name, [*SIZES, *FAMILIES]) or "; zoo ls models shows all"
-            raise UserError(
-                f"model {name}: no native class or size is called so{near}; or use implementation: official"
-            )
+            raise UserError(f"model {name}: no size or native family{near}; or use implementation: official")
         return FAMILIES[family][1].config_class
     try:
         return type(AutoConfig.for_model(model_type))

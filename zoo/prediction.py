@@ -79,7 +79,10 @@ def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     parts: dict[str, Any] = {"task": task.name, "model": finished.model, task.processor: finished.processor}
     pipe = pipeline(**parts, pipeline_class=pipeline_class, device=device)
-    answers = pipe(iter(given), **{"batch_size": recipe.train.get("per_device_eval_batch_size", 8), **options})
+    # a generator is answered bit by bit; a list would be a list of answers
+    answers = pipe(
+        (one for one in given), **{"batch_size": recipe.train.get("per_device_eval_batch_size", 8), **options}
+    )
     bar = tqdm(answers, total=len(rows), unit=task.asked[0], delay=SHOW_BAR_AFTER_SECONDS, desc="Predicting")
     for number, (row, answer) in enumerate(zip(rows, bar, strict=True)):
         named = {role: value for role, value in row.items() if isinstance(value, str)}
