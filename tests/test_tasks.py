@@ -358,7 +358,7 @@ def test_metric_modules_that_are_refused(name, options, says):
         ("{type: text-classification, threshold: 0.4}", "set problem_type: multi_label_classification"),
         ("{type: text-classification, problem_type: regression, class_weights: balanced}", "regression has no classes"),
         ("{type: text-classification, pooling: max}", "task.pooling: there is nothing to pool without windows"),
-        ("{type: fill-mask, metrics: {f1: {}}}", "task.metrics: fill-mask has no predictions"),
+        ("{type: fill-mask, metrics: {f1: {}}}", "task.metrics: fill-mask does not read it"),
         ("{type: token-classification}", "data.columns.label: token-classification does not read it"),
         ("{type: text-classification, problem_type: multi_label}", "task.problem_type: expected"),
     ],

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -66,8 +67,8 @@ class LibraryField:
 def library_fields(package: str, module_path: str, class_name: str) -> dict[str, LibraryField]:
     """The fields of `package.module_path.class_name`, in order, from the installed source.
 
-    A class with its own `__init__` has that function's parameters; a dataclass has its fields and its bases'. Raises
-    RunError where the package or the class is not there.
+    A class with its own `__init__` has that function's parameters, or what it takes out of its keywords; a dataclass has
+    its fields and its bases'. Raises RunError where the package or the class is not there.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -220,7 +221,7 @@ def _arguments(node: ast.expr) -> list[ast.expr]:
 def _class_fields(module: Path, node: ast.ClassDef, root: Path) -> dict[str, LibraryField]:
     init = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
     if init is not None:
-        return _parameters(init, module, root)
+        return _parameters(init, module, root) or _popped(init, ast.get_docstring(node) or "")
     fields: dict[str, LibraryField] = {}
     for base in reversed(node.bases):
         found = _find_class(module, _name(base), root)
@@ -230,6 +231,21 @@ def _class_fields(module: Path, node: ast.ClassDef, root: Path) -> dict[str, Lib
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 _add_dataclass_field(fields, item, module, root)
+    return fields
+
+
+def _popped(init: ast.FunctionDef, documentation: str) -> dict[str, LibraryField]:
+    """Of an `__init__(**kwargs)`: what it takes out of them, with the types that the class's docstring gives."""
+    kinds = dict(re.findall(r"^\s*(\w+) \(`(.+?)`?(?:, \*optional\*.*)?\):", documentation, re.MULTILINE))
+    fields = {}
+    for node in ast.walk(init):
+        popped = isinstance(node, ast.Call) and ast.unparse(node.func) == "kwargs.pop" and len(node.args) == 2
+        if popped and isinstance(node.args[0], ast.Constant):
+            name = str(node.args[0].value)
+            # `int` or `list[int]`; what is no type, such as tuple(int, float), may be anything
+            written = " | ".join(part.strip("` ") for part in kinds.get(name, "Any").split(" or "))
+            annotation = written if re.fullmatch(r"[\w\[\], |]+", written) else "Any"
+            fields[name] = LibraryField(f"{annotation} | None", ast.unparse(node.args[1]))
     return fields
 
 

@@ -30,7 +30,7 @@ def run(
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
     if bool(asked) == (file is not None):
-        raise UserError("predict: give what to answer for, or --file; one of the two")
+        raise UserError("predict: give texts (or image files), or --file; one of the two")
     finished = open_finished(directory, trust_remote_code=trust_remote_code)
     first = finished.task.asked[0]
     rows = _rows(finished, file) if file is not None else [{first: one} for one in asked]
