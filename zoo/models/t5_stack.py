@@ -66,6 +66,8 @@ class ZooT5Config(VariantConfig, T5Config):
     model_type = "zoo_t5"
     # VariantConfig, coming first in the bases, brings the default of all other families
     is_encoder_decoder: bool = True
+    # a Trainer would gather the encoder's states beside the logits
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
 
 
 def block_spec(config: T5Config) -> BlockSpec:
