@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,26 +88,21 @@ def list_(
     kind: Annotated[str | None, typer.Argument(metavar="[recipes|models|attentions|tasks]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List shipped recipes, native models, attention variants and tasks.
+    """List shipped recipes, native models, attention variants and tasks; of models alone, their sizes too.
 
     Examples:
 
       zoo ls
 
+      zoo ls models
+
       zoo ls recipes --json
     """
     with _ending():
-        from zoo.catalogue import listed
+        from zoo.catalogue import as_text, listed
 
         entries = listed(kind)
-        if as_json:
-            print(json.dumps(entries))
-            return
-        width = max(len(entry["name"]) for entry in entries)
-        for name, group in groupby(entries, key=lambda entry: entry["kind"]):
-            print(name)
-            for entry in group:
-                print(f"  {entry['name']:<{width}}  {entry['summary']}")
+        print(json.dumps(entries) if as_json else as_text(entries, details=kind is not None))
 
 
 @app.command()

@@ -10,9 +10,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
-from zoo.catalogue import KINDS, copy_recipe, listed
+from zoo.catalogue import KINDS, as_text, copy_recipe, listed
 from zoo.errors import UserError
 from zoo.recipe_loading import json_schema, load_recipe, shipped_recipes, validated
+from zoo.sizes import SIZES
 
 REPO = Path(__file__).parents[1]
 
@@ -34,6 +35,40 @@ def test_models_are_those_of_the_registry():
         classes = {auto: path.rpartition(".")[2] for auto, path in base.auto_map.items()}
         assert found[name]["classes"] == classes and found[name]["model_type"] == base.config_class.model_type
         assert all(hasattr(module, class_name) for class_name in classes.values())
+
+
+def test_models_have_the_tasks_that_recipes_train():
+    from zoo.models import FAMILIES
+    from zoo.tasks import TASKS
+
+    for entry in listed("models"):
+        _, base, _ = FAMILIES[entry["name"]]
+        heads = {name: {task.auto_class for task in tasks} for name, tasks in TASKS.items()}
+        assert entry["tasks"] == [name for name in TASKS if heads[name] <= base.auto_map.keys()]
+
+
+def test_models_have_their_sizes():
+    found = {entry["name"]: {size["name"]: size for size in entry["sizes"]} for entry in listed("models")}
+    assert [(name, family) for family in found for name in found[family]] == [
+        (name, family) for name, (family, _) in SIZES.items()
+    ]
+    assert found["gpt2"]["gpt2"] == {
+        "name": "gpt2", "parameters": 124_439_808, "flops_per_token": 284_812_800, "train_bytes": 1_991_036_928,
+        "serve_bytes": 497_759_232, "cache_bytes_per_token": 36_864,
+    }  # fmt: skip
+
+
+def test_the_table_of_sizes():
+    lines = as_text(listed("models"), details=True).splitlines()
+    table = [line for line in lines if line.startswith("    ") and "tasks of recipes" not in line]
+    assert len({len(line) for line in table}) == 1, "numbers end below each other"
+    rows = {line.split()[0]: line.split()[1:] for line in table}
+    assert rows.keys() == {"size", *SIZES}
+    assert rows["gpt2"] == ["124.4M", "284.8M", "2.0", "GB", "497.8", "MB", "36.9", "kB"]
+    assert rows["gpt3-175b"] == ["174.6B", "358.8G", "2.8", "TB", "698.4", "GB", "4.7", "MB"]
+    assert rows["bert-tiny"] == ["4.4M", "9.2M", "70.7", "MB", "17.7", "MB", "-"]
+    assert lines.count("    tasks of recipes: text-classification, token-classification, fill-mask") == 4
+    assert len(as_text(listed("models"), details=False).splitlines()) == 1 + len(listed("models"))
 
 
 def test_attentions_and_tasks_are_those_of_the_registries():
@@ -124,7 +159,7 @@ def test_the_commands(wrong, tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("zoo: ") and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [["ls"], ["validate", "bert/finetune-topics"], ["schema"]])
+@pytest.mark.parametrize("words", [["ls"], ["ls", "models"], ["validate", "bert/finetune-topics"], ["schema"]])
 def test_they_bring_in_no_framework(words):
     code = (
         f"import sys; sys.argv = {['zoo', *words]!r}\nimport cli\ntry:\n    cli.app()\nexcept SystemExit:\n    pass\n"

@@ -212,7 +212,13 @@ def cpu_seconds(*arguments: str, cwd: Path) -> float:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["ls"], ["cp", "bert/finetune-topics", "copy.yaml", "--overwrite"], ["validate", "tiny.yaml"]],
+    [
+        ["--help"],
+        ["ls"],
+        ["ls", "models"],
+        ["cp", "bert/finetune-topics", "copy.yaml", "--overwrite"],
+        ["validate", "tiny.yaml"],
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_what_should_be_quick_takes_little_cpu(folder, arguments):

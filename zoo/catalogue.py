@@ -4,8 +4,10 @@ Read from the project's own source as text: nothing that imports torch is import
 """
 
 import ast
+import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from zoo.errors import UserError, did_you_mean
 from zoo.files import write_text
 from zoo.recipe import TASK_TYPES
 from zoo.recipe_loading import shipped_recipes
+from zoo.sizes import SIZES
 
-_MODELS = Path(__file__).parent / "models"
+_PACKAGE = Path(__file__).parent
+_MODELS = _PACKAGE / "models"
 
 
 def recipes() -> Iterator[dict[str, Any]]:
@@ -25,14 +29,23 @@ def recipes() -> Iterator[dict[str, Any]]:
 
 
 def models() -> Iterator[dict[str, Any]]:
-    """Native families, with the class that each Auto class opens."""
+    """Native families: the class that each Auto class opens, the tasks that recipes train them on, published sizes."""
     families = _assigned(_parsed(_MODELS / "__init__.py"), "FAMILIES")
     assert isinstance(families, ast.Dict)
+    heads = _heads_of_tasks()
+    counts = json.loads((_PACKAGE / "sizes.json").read_text(encoding="utf-8"))
     for name in map(ast.literal_eval, filter(None, families.keys)):
         text = (_MODELS / f"modeling_{name}.py").read_text(encoding="utf-8")
         summary = text.removeprefix('"""').partition("\n")[0].removesuffix('"""')
         classes = {auto: path.rpartition(".")[2] for auto, path in _auto_map(text).items()}
-        yield {"name": name, "summary": summary, "model_type": f"zoo_{name}", "classes": classes}
+        yield {
+            "name": name,
+            "summary": summary,
+            "model_type": f"zoo_{name}",
+            "classes": classes,
+            "tasks": [task for task in TASK_TYPES if heads.get(task) in classes],
+            "sizes": [{"name": size, **counts[size]} for size, (family, _) in SIZES.items() if family == name],
+        }
 
 
 def attentions() -> Iterator[dict[str, Any]]:
@@ -69,6 +82,47 @@ def listed(kind: str | None = None) -> list[dict[str, Any]]:
     return [{"kind": name, **entry} for name in ([kind] if kind else KINDS) for entry in KINDS[name]()]
 
 
+def as_text(entries: list[dict[str, Any]], details: bool) -> str:
+    """A line for each entry below its kind; with `details` also the tasks and the sizes of models."""
+    width = max(len(entry["name"]) for entry in entries)
+    lines = []
+    for kind, group in groupby(entries, key=lambda entry: entry["kind"]):
+        lines.append(kind)
+        for entry in group:
+            lines.append(f"  {entry['name']:<{width}}  {entry['summary']}")
+            if details and kind == "models":
+                lines.append(f"    tasks of recipes: {', '.join(entry['tasks']) or 'none'}")
+                lines += _table(entry["sizes"])
+    return "\n".join(lines)
+
+
+# field of a size -> its heading, and thousands, millions and so on of it
+_COLUMNS = {
+    "parameters": ("parameters", ("", "K", "M", "B")),
+    "flops_per_token": ("FLOPs/token", ("", "K", "M", "G", "T")),
+    "train_bytes": ("to train", (" B", " kB", " MB", " GB", " TB")),
+    "serve_bytes": ("to serve", (" B", " kB", " MB", " GB", " TB")),
+    "cache_bytes_per_token": ("cache/token", (" B", " kB", " MB")),
+}
+
+
+def _table(sizes: list[dict[str, Any]]) -> list[str]:
+    width = max(len(size) for size in SIZES)
+    lines = [f"    {'size':<{width}}" + "".join(f"{heading:>13}" for heading, _ in _COLUMNS.values())]
+    for size in sizes:
+        cells = (_short(size[field], units) for field, (_, units) in _COLUMNS.items())
+        lines.append(f"    {size['name']:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
+    return lines
+
+
+def _short(value: float, units: tuple[str, ...]) -> str:
+    """With one decimal, in the unit that leaves less than a thousand, or the last; nothing is a dash."""
+    power = 0
+    while value >= 999.95 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.1f}{units[power]}" if value else "-"
+
+
 def copy_recipe(name: str, target: Path, overwrite: bool = False) -> Path:
     """Copies a shipped recipe to a file, or into a directory; returns the file. Raises UserError."""
     shipped = shipped_recipes()
@@ -83,6 +137,12 @@ def copy_recipe(name: str, target: Path, overwrite: bool = False) -> Path:
     except OSError as error:
         raise UserError(f"cp: {file} cannot be written: {error.strerror}") from error
     return file
+
+
+def _heads_of_tasks() -> dict[str, str]:
+    """Task type -> the Auto class of its head, as each `Task` says them one after the other."""
+    texts = (file.read_text(encoding="utf-8") for file in sorted((_PACKAGE / "tasks").glob("*.py")))
+    return dict(pair for text in texts for pair in re.findall(r'name="([\w-]+)",\s+auto_class="(\w+)"', text))
 
 
 def _auto_map(text: str) -> dict[str, str]:
