@@ -235,7 +235,8 @@ def test_what_cannot_be_answered(directories, tmp_path):
         return str(caught.value)
 
     one = directories["one label"]
-    assert "give texts (or image files), or --file" in refused(one) and "give texts (or image files), or --file" in refused(one, ["x"], tmp_path / "y")
+    assert "give texts (or image files), or --file" in refused(one)
+    assert "one of the two" in refused(one, ["x"], tmp_path / "y")
     assert "text 1 is empty" in refused(one, ["x", ""])
     assert "no such file" in refused(one, file=tmp_path / "none.jsonl")
     write_jsonl(tmp_path / "other.jsonl", [{"body": "x"}])

@@ -110,8 +110,11 @@ def _per_class(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
 def _usage(recipe: Recipe, task: Task, variant: bool) -> str:
     trusted = ", trust_remote_code=True" if variant else ""
     cut = f", truncation=True, max_length={recipe.task.max_length}" if task.name == "text-classification" else ""
-    lines = ["```python", "from transformers import pipeline", "", f'pipe = pipeline("{task.name}", "."{trusted})']
-    lines += [f"print(pipe({task.example}{cut}))", "```"]
+    if task.usage is not None:
+        lines = ["```python", task.usage.format(trusted=trusted), "```"]
+    else:
+        lines = ["```python", "from transformers import pipeline", "", f'pipe = pipeline("{task.name}", "."{trusted})']
+        lines += [f"print(pipe({task.example}{cut}))", "```"]
     if variant:
         lines += ["", "Its attention is its own, and its code comes with it: read it before you trust it."]
     if recipe.task.stride is not None:

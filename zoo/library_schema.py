@@ -67,8 +67,8 @@ class LibraryField:
 def library_fields(package: str, module_path: str, class_name: str) -> dict[str, LibraryField]:
     """The fields of `package.module_path.class_name`, in order, from the installed source.
 
-    A class with its own `__init__` has that function's parameters, or what it takes out of its keywords; a dataclass has
-    its fields and its bases'. Raises RunError where the package or the class is not there.
+    A class with its own `__init__` has that function's parameters, or what it takes out of its keywords; a dataclass
+    has its fields and its bases'. Raises RunError where the package or the class is not there.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -238,9 +238,9 @@ def _popped(init: ast.FunctionDef, documentation: str) -> dict[str, LibraryField
     """Of an `__init__(**kwargs)`: what it takes out of them, with the types that the class's docstring gives."""
     kinds = dict(re.findall(r"^\s*(\w+) \(`(.+?)`?(?:, \*optional\*.*)?\):", documentation, re.MULTILINE))
     fields = {}
-    for node in ast.walk(init):
-        popped = isinstance(node, ast.Call) and ast.unparse(node.func) == "kwargs.pop" and len(node.args) == 2
-        if popped and isinstance(node.args[0], ast.Constant):
+    calls = [node for node in ast.walk(init) if isinstance(node, ast.Call)]
+    for node in (call for call in calls if ast.unparse(call.func) == "kwargs.pop" and len(call.args) == 2):
+        if isinstance(node.args[0], ast.Constant):
             name = str(node.args[0].value)
             # `int` or `list[int]`; what is no type, such as tuple(int, float), may be anything
             written = " | ".join(part.strip("` ") for part in kinds.get(name, "Any").split(" or "))

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,25 @@ def load_processor(section: ModelSection, kind: str) -> Processor:
     source = resolve(path, kind="model", revision=section.revision)
     auto = AutoTokenizer if kind == "tokenizer" else _auto_image_processor()
     try:
-        return auto.from_pretrained(
+        processor = auto.from_pretrained(
             source.location, revision=source.revision or "main", trust_remote_code=section.trust_remote_code
         )
     except _LOAD_ERRORS as error:
         what = f"its {kind.replace('_', ' ')} cannot be read"
         raise _wants_trust(path, error) or _unreadable(path, what, error) from error
+    if kind == "tokenizer":
+        _complete(processor, section.added_tokens)
+    return processor
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> None:
+    """The recipe's own tokens; and where there is no padding token, the one that ends a text, or an unknown one."""
+    if added:
+        print(f"model.added_tokens: {tokenizer.add_tokens(list(added))} new ones")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is not None:
+            print(f"the tokenizer has no padding token: {tokenizer.pad_token} pads, and is saved as such")
 
 
 def _auto_image_processor():
@@ -98,7 +111,20 @@ def load_model(
     model = model or _trained(section, section.path or "", auto_class, changes, whole)
     if section.implementation == "native":
         model.set_ragged(section.ragged)  # type: ignore[operator]
+    if isinstance(processor, PreTrainedTokenizerBase):
+        _fit_tokens(model, processor)
     return model
+
+
+def _fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Embeddings for tokens that the checkpoint has not seen, at the mean of all others; what pads, in the config."""
+    wanted, there = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    if wanted > there:
+        # the output layer grows with it (Hewitt 2021: the mean leaves the distribution as it was)
+        model.resize_token_embeddings(wanted, mean_resizing=True)
+        print(f"model: {wanted - there} tokens beyond its vocabulary of {there:,}: embedded at the mean of the others")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _trained(
@@ -147,6 +173,21 @@ def _fresh(
     except (ImportError, ValueError) as error:
         field = "attn_implementation" if chosen else "config"
         raise UserError(f"model.{field}: {_message(error)}") from error
+
+
+def set_generation(model: PreTrainedModel, defaults: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The recipe's `generate` section over the model's own generation config, which is saved with it. UserError."""
+    if "max_length" in settings:
+        defaults = {key: value for key, value in defaults.items() if key != "max_new_tokens"}
+    chosen = {**defaults, **settings}
+    config = model.generation_config
+    if config is None:
+        raise UserError(f"model: {type(model).__name__} generates nothing")
+    try:
+        config.update(**chosen)
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"generate: {_message(error)}") from error
 
 
 def fit_images(model: PreTrainedModel, processor: Processor, side: int | None) -> None:

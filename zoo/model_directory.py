@@ -114,6 +114,7 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
     task = task_of(recipe.task)
     own: dict[str, Any] = {
         "path": str(directory.resolve()),
+        "added_tokens": [],
         **dict.fromkeys(("size", "tokenizer", "revision")),
         "config": {},
         "trust_remote_code": trust_remote_code,

@@ -77,8 +77,8 @@ def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence
     recipe, task = finished.recipe, finished.task
     pipeline_class, options = task.pipeline(recipe.task)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    parts: dict[str, Any] = {"task": task.name, "model": finished.model, task.processor: finished.processor}
-    pipe = pipeline(**parts, pipeline_class=pipeline_class, device=device)
+    parts: dict[str, Any] = {"model": finished.model, task.processor: finished.processor, "device": device}
+    pipe = pipeline(**{"task": task.name, **parts}) if pipeline_class is None else pipeline_class(**parts)
     # a generator is answered bit by bit; a list would be a list of answers
     answers = pipe(
         (one for one in given), **{"batch_size": recipe.train.get("per_device_eval_batch_size", 8), **options}
@@ -101,6 +101,8 @@ def _predicted(answer: dict[str, Any]) -> Iterator[str]:
     predicted, scores = answer["predicted"], answer.get("probabilities", {})
     if isinstance(predicted, float):
         yield f"{predicted:.4f}"
+    elif isinstance(predicted, str) and not scores:
+        yield predicted
     elif isinstance(predicted, str):
         yield f"{predicted} {scores[predicted]:.3f}"
     elif scores:

@@ -30,11 +30,15 @@ from zoo.errors import Keys, did_you_mean
 
 @dataclass(frozen=True)
 class TaskType:
-    """What is learned, the columns it reads, and the keys of the section `task` that it reads."""
+    """What is learned, the columns it reads, and the keys of the section `task` that it reads.
+
+    generates: its answers are written by `generate`, so that the section of that name is read.
+    """
 
     summary: str
     roles: tuple[str, ...]
     keys: tuple[str, ...]
+    generates: bool = False
 
 
 TASK_TYPES = {
@@ -49,6 +53,15 @@ TASK_TYPES = {
     "fill-mask": TaskType(
         "Masked language modelling: the words that were hidden in a text.", ("text",), ("max_length", "mlm_probability")
     ),
+    "text-generation": TaskType(
+        "Causal language modelling: the next token of a text.", ("text",), ("max_length",), generates=True
+    ),
+    "summarization": TaskType(
+        "A shorter text for a text, by an encoder and a decoder.",
+        ("text", "summary"),
+        ("max_length", "max_target_length", "prefix", "metrics"),
+        generates=True,
+    ),
     "image-classification": TaskType(
         "One label for an image.", ("image", "label"), ("metrics", "image_size", "augmentation", "class_weights")
     ),
@@ -57,7 +70,8 @@ TASK_TYPES = {
 Text = Annotated[str, Field(min_length=1)]
 DEFAULT_THRESHOLD = 0.5
 DEFAULT_MLM_PROBABILITY = 0.15
-Role = Literal["text", "text_pair", "label", "tokens", "tags", "image"]
+DEFAULT_TARGET_LENGTH = 64
+Role = Literal["text", "text_pair", "label", "tokens", "tags", "image", "summary"]
 
 
 # The sections
@@ -85,12 +99,14 @@ class ModelSection(Section):
     """Which checkpoint, run by whom, with which attention. `config` overrides the model's own config fields.
 
     In the place of `path`, `size` (`zoo ls models`), or `config.model_type`, starts from random weights; texts then
-    want a `tokenizer`, whose vocabulary and special tokens the config takes.
+    want a `tokenizer`, whose vocabulary and special tokens the config takes. `added_tokens` begin at the mean of the
+    other embeddings.
     """
 
     path: Text | None = None
     size: Text | None = None
     tokenizer: Text | None = None
+    added_tokens: list[Text] = Field(default_factory=list)
     revision: Text | None = None
     implementation: Literal["native", "official"] = "native"
     attention: Annotated[
@@ -148,8 +164,9 @@ class Augmentation(Section):
 class TaskSection(Section):
     """What is learned. `max_length` and `stride` count tokens, `image_size` the pixels of a side.
 
-    `stride`: a longer text is read in windows that overlap by so much, and their logits are pooled; without it the text
-    is cut. `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
+    `max_target_length` is that of summaries, `prefix` stands before each text. `stride`: a longer text is read in
+    windows that overlap by so much, and their logits are pooled; without it the text is cut. `metrics`: more of them,
+    each with its options, by the name of one of ours, a file, or a name on the hub.
     """
 
     type: str
@@ -160,6 +177,8 @@ class TaskSection(Section):
     threshold: float | None = Field(default=None, gt=0, lt=1)
     class_weights: Literal["balanced"] | None = None
     mlm_probability: float | None = Field(default=None, gt=0, lt=1)
+    max_target_length: int | None = Field(default=None, gt=0)
+    prefix: Text | None = None
     image_size: int | None = Field(default=None, gt=0)
     augmentation: Augmentation | None = None
     metrics: dict[Text, dict[str, Any]] = Field(default_factory=dict)
@@ -262,7 +281,8 @@ class LaunchSection(Section):
 class Recipe(Section):
     """A resolved recipe: base, file and command line merged and checked.
 
-    `train` is given verbatim to transformers.TrainingArguments; `seeds`, a run each, take the place of its seed.
+    `train` is given verbatim to transformers.TrainingArguments, `generate` to its GenerationConfig; `seeds`, a run
+    each, take the place of train's seed.
     `file` is the recipe's file, `origins` where each value came from ("command line", "file:line" or "default");
     neither counts in comparisons.
     """
@@ -273,6 +293,7 @@ class Recipe(Section):
     task: TaskSection
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
+    generate: dict[str, Any] = Field(default_factory=dict)
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default_factory=list)
     hub: HubSection = Field(default_factory=HubSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
@@ -287,6 +308,8 @@ class Recipe(Section):
         if self.seeds and self.hub.repo is not None:
             yield ("hub", "repo"), "several seeds make several models; push the one you choose with zoo push"
         roles = TASK_TYPES[self.task.type].roles
+        if self.generate and not TASK_TYPES[self.task.type].generates:
+            yield ("generate",), f"{self.task.type} generates nothing; remove the section"
         if self.data.pixels is not None and "image" not in roles:
             yield ("data", "pixels"), f"{self.task.type} reads no images; remove the key"
         for role in self.data.columns:

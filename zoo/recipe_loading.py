@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from zoo.recipe import TASK_TYPES, Recipe, Section, leaves, plain
 from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_file, read_override
 
 # Keys of TrainingArguments that this project decides: what to do instead.
-_OWNED_TRAIN_KEYS = {
+_TRAIN_KEYS = {
     "output_dir": "the run's directory is given by --output-dir; remove the key",
     "remove_unused_columns": "the task decides which columns reach the model; remove the key",
     "push_to_hub": "write it as hub.repo, or use 'zoo push' on the finished directory; remove the key",
@@ -32,6 +33,53 @@ _OWNED_TRAIN_KEYS = {
     "do_train": "the stage decides what runs; remove the key",
     "do_eval": "the stage decides what runs; remove the key",
     "do_predict": "the stage decides what runs; remove the key",
+}
+_MEASURED = "a run asks for what it measures; remove the key"
+_GENERATE_KEYS = {
+    "output_": _MEASURED,
+    "return_dict_in_generate": _MEASURED,
+    "num_return_sequences": "an answer is one text; remove the key",
+    "_": "it is the library's own; remove the key",
+    "transformers_version": "it is the library's own; remove the key",
+}
+
+
+@dataclass(frozen=True)
+class LibrarySection:
+    """A section that goes verbatim to a class of transformers, without the keys, or beginnings of keys, of `owned`."""
+
+    module: str
+    name: str
+    owned: dict[str, str]
+
+    def fields(self) -> dict[str, LibraryField]:
+        return library_fields("transformers", self.module, self.name)
+
+    def remedy(self, key: Any) -> str | None:
+        """What to do instead of a key that this project decides."""
+        for owned, remedy in self.owned.items():
+            if key == owned or ((owned.endswith("_") or owned == "push_to_hub") and str(key).startswith(owned)):
+                return remedy
+        return None
+
+    def usable(self) -> dict[str, LibraryField]:
+        return {key: field for key, field in self.fields().items() if self.remedy(key) is None}
+
+    def problem(self, key: Any, value: Any) -> str | None:
+        """What is wrong with a key or its value, in words, or None."""
+        remedy = self.remedy(key)
+        if remedy is not None:
+            return f"not for a recipe: {remedy}"
+        fields = self.fields()
+        if key not in fields:
+            near = did_you_mean(key, self.usable())
+            return f"unknown key{near or f'; the keys are those of transformers.{self.name}'}"
+        return fields[key].problem(value)
+
+
+LIBRARY_SECTIONS = {
+    "train": LibrarySection("training_args", "TrainingArguments", _TRAIN_KEYS),
+    "generate": LibrarySection("generation.configuration_utils", "GenerationConfig", _GENERATE_KEYS),
 }
 
 
@@ -123,11 +171,12 @@ def _checked(written: Written, problems: Problems) -> Recipe | None:
                 problems.add(written.place(keys), keys, text)
     for keys in _not_numbers(written.values):
         problems.add(written.place(keys), keys, "is not a number (.nan), and equals nothing, not even itself")
-    train = written.values.get("train")
-    for key, value in train.items() if isinstance(train, dict) else ():
-        problem = _train_problem(key, value)
-        if problem is not None:
-            problems.add(written.place(("train", key)), ("train", key), problem)
+    for section, library in LIBRARY_SECTIONS.items():
+        given = written.values.get(section)
+        for key, value in given.items() if isinstance(given, dict) else ():
+            problem = library.problem(key, value)
+            if problem is not None:
+                problems.add(written.place((section, key)), (section, key), problem)
     return recipe
 
 
@@ -191,40 +240,22 @@ def _section_keys(name: str) -> Iterator[str]:
     annotation = Recipe.model_fields[name].annotation
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield from annotation.model_fields
-    elif name == "train":
-        yield from _train_fields()
-
-
-def _train_fields() -> dict[str, LibraryField]:
-    return library_fields("transformers", "training_args", "TrainingArguments")
-
-
-def _usable_train_fields() -> dict[str, LibraryField]:
-    return {key: field for key, field in _train_fields().items() if not key.startswith(tuple(_OWNED_TRAIN_KEYS))}
+    elif name in LIBRARY_SECTIONS:
+        yield from LIBRARY_SECTIONS[name].fields()
 
 
 def json_schema() -> dict[str, Any]:
-    """A recipe as JSON Schema, for editors; `train` is filled from the installed library."""
+    """A recipe as JSON Schema, for editors; sections of a library are filled from its installed source."""
     schema = Recipe.model_json_schema()
-    train = {key: field.json_schema() for key, field in _usable_train_fields().items()}
-    schema["properties"]["train"] |= {"properties": train, "additionalProperties": False}
+    for section, library in LIBRARY_SECTIONS.items():
+        fields = {key: field.json_schema() for key, field in library.usable().items()}
+        schema["properties"][section] |= {"properties": fields, "additionalProperties": False}
     schema["properties"]["extends"] = {"type": "string", "description": "A base recipe: a file beside, or a name."}
     schema["$defs"]["TaskSection"]["properties"]["type"]["enum"] = list(TASK_TYPES)
     # what a recipe lacks its base may have
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "description": "A recipe of zoo."}
-
-
-def _train_problem(key: Any, value: Any) -> str | None:
-    for owned, remedy in _OWNED_TRAIN_KEYS.items():
-        if key == owned or (str(key).startswith(owned) and owned in ("hub_", "push_to_hub")):
-            return f"not for a recipe: {remedy}"
-    fields = _train_fields()
-    if key not in fields:
-        near = did_you_mean(key, _usable_train_fields())
-        return f"unknown key{near or '; the keys are those of transformers.TrainingArguments'}"
-    return fields[key].problem(value)
 
 
 # Shipped recipes

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
+from transformers import EvalPrediction, PreTrainedModel, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 
 from zoo import hub
 from zoo.card import card
@@ -21,14 +21,14 @@ from zoo.data import Splits, WithDraws, load_splits, room_in_cache
 from zoo.environment import environment
 from zoo.errors import UserError, did_you_mean
 from zoo.files import as_json, write_json, write_text
-from zoo.loading import Processor, fit_images, load_model, load_processor
+from zoo.loading import Processor, fit_images, load_model, load_processor, set_generation
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
-from zoo.recipe import Recipe
+from zoo.recipe import DEFAULT_TARGET_LENGTH, TASK_TYPES, Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, own_metrics
-from zoo.trainer import EventLog, ZooTrainer, newest_complete
+from zoo.trainer import EventLog, WritingTrainer, ZooTrainer, newest_complete
 
 LOCK = ".lock"
 # of the train section: numbers that make no sense below 1
@@ -71,6 +71,9 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         print(note)
     model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
     fit_images(model, processor, recipe.task.image_size)
+    if TASK_TYPES[task.name].generates:
+        length = recipe.task.max_target_length or DEFAULT_TARGET_LENGTH
+        set_generation(model, {"max_new_tokens": length}, recipe.generate)
     task.check(recipe.task, model)
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
@@ -91,7 +94,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         if task.records is not None:
             prediction = EvalPrediction(predicted.predictions, predicted.label_ids)
             by_row = by_rows(task, recipe, prediction, trainer.evaluated_rows)
-            records = list(task.records(recipe.task, splits.labels)(by_row))
+            records = list(task.records(recipe.task, splits.labels, processor)(by_row))
     metrics["peak_memory_bytes"] = peak_memory_bytes()
     # a step is a batch of any size, so their rate says nothing beside that of the samples
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
@@ -231,8 +234,12 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         defaults["greater_is_better"] = False
     elif metric in recipe.task.metrics.keys() - OURS.keys() and "greater_is_better" not in recipe.train:
         raise UserError(f"train.metric_for_best_model: {metric}: say train.greater_is_better, true or false")
+    writes = task_of(recipe.task).writes
+    made: type[TrainingArguments] = Seq2SeqTrainingArguments if writes else TrainingArguments
+    if writes:
+        defaults["predict_with_generate"] = True
     try:
-        return TrainingArguments(
+        return made(
             output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **(defaults | recipe.train)
         )
     except (*_REFUSALS, OSError, AttributeError) as error:
@@ -290,16 +297,16 @@ def build_trainer(
     labels: Sequence[str],
     train_rows=None,
     eval_rows=None,
-    trainer_class=ZooTrainer,
+    trainer_class: type[ZooTrainer] | None = None,
 ) -> ZooTrainer:
     """A Trainer on encoded rows. Raises UserError for a `train` section it cannot work with."""
     trainer: ZooTrainer
-    measure, loss = own_metrics(task, recipe.task, labels), None
+    measure, loss = own_metrics(task, recipe.task, labels, processor), None
     if task.loss is not None and train_rows is not None:
         rows = train_rows.rows if isinstance(train_rows, WithDraws) else train_rows
         loss = task.loss(recipe.task, rows["labels"], len(labels), arguments.label_smoothing_factor)
     try:
-        trainer = trainer_class(
+        trainer = (trainer_class or (WritingTrainer if task.writes else ZooTrainer))(
             model=model,
             args=arguments,
             train_dataset=train_rows,

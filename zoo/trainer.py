@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -176,6 +176,19 @@ class ZooTrainer(Trainer):
             "step_logged": self._globalstep_last_logged,
             "seconds": time.time() - self.started + self.seconds_before,
         }
+
+
+class WritingTrainer(ZooTrainer, Seq2SeqTrainer):  # type: ignore[misc]
+    """Measures what the model writes. While it trains, only if the best checkpoint is chosen by that: it takes long."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **generate):
+        measure, chosen_by = self.compute_metrics, str(self.args.metric_for_best_model or "loss")
+        try:
+            if self.is_in_train and chosen_by.removeprefix("eval_") == "loss":
+                self.compute_metrics = None
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generate)
+        finally:
+            self.compute_metrics = measure
 
 
 class _Begin(TrainerCallback):

@@ -7,7 +7,9 @@ from zoo.recipe import TaskSection
 from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.image_classification import IMAGE_CLASSIFICATION
+from zoo.tasks.summarization import SUMMARIZATION
 from zoo.tasks.text_classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from zoo.tasks.text_generation import TEXT_GENERATION
 from zoo.tasks.token_classification import TOKEN_CLASSIFICATION
 
 __all__ = ["COUNTED", "LOWER_IS_BETTER", "TASKS", "Task", "task_of"]
@@ -17,6 +19,8 @@ TASKS: dict[str, list[Task]] = {
     "text-classification": [SINGLE_LABEL, MULTI_LABEL, REGRESSION],
     "token-classification": [TOKEN_CLASSIFICATION],
     "fill-mask": [FILL_MASK],
+    "text-generation": [TEXT_GENERATION],
+    "summarization": [SUMMARIZATION],
     "image-classification": [IMAGE_CLASSIFICATION],
 }
 

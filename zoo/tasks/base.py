@@ -15,6 +15,7 @@ from zoo.recipe import TaskSection
 Rows = dict[str, list]  # of a batch, by column
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 Records = Sequence[Mapping[str, Any]]
+ReadRecords = Callable[[EvalPrediction], Iterator[dict[str, Any]]]
 Table = dict[str, dict[str, float]]  # class -> precision, recall, f1, support
 
 IGNORED = -100  # the label of a token that is not learned
@@ -23,7 +24,7 @@ IGNORED = -100  # the label of a token that is not learned
 LOWER_IS_BETTER = ("mse", "mae", "perplexity", "calibration_error")
 
 # columns of encoded rows that are counted before training, and never reach a batch
-COUNTED = ("truncated", "unknown", "tokens", "width", "height")
+COUNTED = ("truncated", "unknown", "tokens", "width", "height", "targets_cut")
 # families whose first token stands behind the position of padding
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
@@ -49,17 +50,20 @@ class Task:
     draws: the rows whose collate makes random choices, from the `draw` that each of them then carries.
     check: raises UserError for a model that cannot read what this section makes.
 
-    metrics: (section, label names) -> a function of gathered predictions to numbers, under `metric_names`.
+    metrics: (section, label names, processor) -> a function of gathered predictions to numbers, under `metric_names`.
     reduce: logits on the device -> what is gathered, where whole logits would be too much.
     pool: (section, predictions, the row of each) -> predictions a row, where a row was encoded as several.
-    records: (section, label names) -> a function of gathered predictions to a mapping for each row: `gold`,
+    records: (section, label names, processor) -> a function of gathered predictions to a mapping for each row: `gold`,
     `predicted`, `probabilities`. None where a row has no answer of its own.
     classes: (label names, records) -> a table of each class. loss: (section, labels of train, classes, smoothing) ->
     another loss than the model's own, or None.
 
+    writes: predictions are what the model generates, and not its logits.
+
     asked: the roles that a prediction wants; ask: (these of a row, its number, processor) -> what a pipeline takes, or
-    UserError. pipeline: section -> transformers' own pipeline, or one of ours, and the
-    options of a call. answer: what that says, under the names of `predictions.jsonl`. example: what a card asks it.
+    UserError. pipeline: section -> transformers' own pipeline, or one of ours, and the options of a call. answer: what
+    that says, under the names of `predictions.jsonl`. example: what a card asks it; usage: the card's whole code, where
+    transformers has no such pipeline, with a place for `trusted`.
     """
 
     name: str
@@ -69,7 +73,7 @@ class Task:
     encode: Callable[[Any, TaskSection], Callable[[Rows], Rows]]
     counts: Callable[[Dataset, int, TaskSection], str]
     collate: Callable[[Any, TaskSection], Collate]
-    metrics: Callable[[TaskSection, Sequence[str]], Callable[[EvalPrediction], dict[str, float]]]
+    metrics: Callable[[TaskSection, Sequence[str], Any], Callable[[EvalPrediction], dict[str, float]]]
     metric_names: tuple[str, ...]
     pipeline: Callable[[TaskSection], tuple[type[Pipeline] | None, dict[str, Any]]]
     answer: Callable[[TaskSection, Any], dict[str, Any]]
@@ -78,12 +82,16 @@ class Task:
     example: str = '"Wheat shipments rose"'
     processor: Literal["tokenizer", "image_processor"] = "tokenizer"
     check: Callable[[TaskSection, PreTrainedModel], None] = lambda section, model: None
-    records: Callable[[TaskSection, Sequence[str]], Callable[[EvalPrediction], Iterator[dict[str, Any]]]] | None = None
+    records: (
+        Callable[[TaskSection, Sequence[str], Any], Callable[[EvalPrediction], Iterator[dict[str, Any]]]] | None
+    ) = None
     classes: Callable[[Sequence[str], Records], Table] | None = None
     pool: Callable[[TaskSection, EvalPrediction, Sequence[int]], EvalPrediction] | None = None
     loss: Callable[[TaskSection, Sequence[int], int, float], Callable | None] | None = None
     problem_type: str | None = None
     reduce: Callable[..., Any] | None = None
+    writes: bool = False
+    usage: str | None = None
     draws: Literal["all", "train"] | None = None
 
 

@@ -47,7 +47,7 @@ def calibration_error(probabilities: np.ndarray, gold: np.ndarray, bins: int = 1
     return float(sum(gaps) / len(gold))
 
 
-def one_metrics(section: TaskSection, labels: Sequence[str]):
+def one_metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, gold = arrays(prediction)
         predicted = logits.argmax(-1)
@@ -60,7 +60,7 @@ def one_metrics(section: TaskSection, labels: Sequence[str]):
     return metrics
 
 
-def one_records(section: TaskSection, labels: Sequence[str]):
+def one_records(section: TaskSection, labels: Sequence[str], processor: Any):
     def records(prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
         logits, labels_of = arrays(prediction)
         for gold, scores in zip(labels_of, softmax(logits, axis=-1), strict=True):

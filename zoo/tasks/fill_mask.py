@@ -67,7 +67,7 @@ def _reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def _metrics(section: TaskSection, labels: Sequence[str]):
+def _metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         predicted, gold = arrays(prediction)
         found = {"accuracy": float((predicted == gold)[gold != IGNORED].mean())}

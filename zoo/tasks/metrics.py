@@ -17,16 +17,16 @@ OURS = {file.stem: file for file in sorted((Path(__file__).parents[1] / "metrics
 
 
 def own_metrics(
-    task: Task, section: TaskSection, labels: Sequence[str]
+    task: Task, section: TaskSection, labels: Sequence[str], processor: Any
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """The task's metrics and then the recipe's, as one function of gathered predictions. Raises UserError."""
     modules = {name: _load(name) for name in section.metrics}
-    of_task = task.metrics(section, labels)
+    of_task = task.metrics(section, labels, processor)
 
     def measure(prediction: EvalPrediction) -> dict[str, float]:
         found = of_task(prediction)
         if modules:
-            given = _columns(task, section, labels, prediction)
+            given = _columns(task, section, labels, processor, prediction)
             for name, module in modules.items():
                 found |= _computed(name, module, given, section.metrics[name])
         return found
@@ -46,9 +46,11 @@ def _load(name: str) -> evaluate.EvaluationModule:
         ) from error
 
 
-def _columns(task: Task, section: TaskSection, labels: Sequence[str], prediction: EvalPrediction) -> dict[str, list]:
+def _columns(
+    task: Task, section: TaskSection, labels: Sequence[str], processor: Any, prediction: EvalPrediction
+) -> dict[str, list]:
     assert task.records is not None  # the recipe's schema refuses metrics for tasks without
-    records = list(task.records(section, labels)(prediction))
+    records = list(task.records(section, labels, processor)(prediction))
     numbers = {name: number for number, name in enumerate(labels)}
 
     def column(side: str) -> list:

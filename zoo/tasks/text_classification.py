@@ -65,7 +65,7 @@ def threshold(section: TaskSection) -> float:
     return DEFAULT_THRESHOLD if section.threshold is None else section.threshold
 
 
-def _several_metrics(section: TaskSection, labels: Sequence[str]):
+def _several_metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, hot = arrays(prediction)
         gold, predicted = hot > 0.5, expit(logits) >= threshold(section)
@@ -77,7 +77,7 @@ def _several_metrics(section: TaskSection, labels: Sequence[str]):
     return metrics
 
 
-def _several_records(section: TaskSection, labels: Sequence[str]):
+def _several_records(section: TaskSection, labels: Sequence[str], processor: Any):
     def records(prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
         logits, hot = arrays(prediction)
         for gold, scores in zip(hot, expit(logits), strict=True):
@@ -105,7 +105,7 @@ def _several_answer(section: TaskSection, answer: Any) -> dict[str, Any]:
 # A number
 
 
-def _number_metrics(section: TaskSection, labels: Sequence[str]):
+def _number_metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         predicted, gold = (array.reshape(-1) for array in arrays(prediction))
         moves = min(np.ptp(gold), np.ptp(predicted)) > 0
@@ -120,7 +120,7 @@ def _number_metrics(section: TaskSection, labels: Sequence[str]):
     return metrics
 
 
-def _number_records(section: TaskSection, labels: Sequence[str]):
+def _number_records(section: TaskSection, labels: Sequence[str], processor: Any):
     def records(prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
         for predicted, gold in zip(*(array.reshape(-1) for array in arrays(prediction)), strict=True):
             yield {"gold": float(gold), "predicted": float(predicted)}

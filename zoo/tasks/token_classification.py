@@ -55,7 +55,7 @@ def _tags(prediction: EvalPrediction, labels: Sequence[str]) -> tuple[list[list[
     return named(gold), named(logits.argmax(-1))
 
 
-def _metrics(section: TaskSection, labels: Sequence[str]):
+def _metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         gold, predicted = _tags(prediction, labels)
         right = [one == other for row in zip(gold, predicted, strict=True) for one, other in zip(*row, strict=True)]
@@ -65,7 +65,7 @@ def _metrics(section: TaskSection, labels: Sequence[str]):
     return metrics
 
 
-def _records(section: TaskSection, labels: Sequence[str]):
+def _records(section: TaskSection, labels: Sequence[str], processor: Any):
     def records(prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
         for gold, predicted in zip(*_tags(prediction, labels), strict=True):
             yield {"gold": gold, "predicted": predicted}

@@ -1,0 +1,88 @@
+"""Causal language modelling: the next token of a text (GPT, Radford et al. 2018, section 3.1)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
+
+from zoo.recipe import TASK_TYPES, TaskSection
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, padding
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
+    """Each text whole, in pieces of at most `max_length` tokens, the last of which says that it ends."""
+
+    def encode(rows: Rows) -> Rows:
+        found: Rows = {name: [] for name in ("input_ids", "attention_mask", "labels", "row", "unknown", "tokens")}
+        for row, ids in zip(rows["row"], tokenizer(rows["text"])["input_ids"], strict=True):
+            end = tokenizer.eos_token_id
+            whole = ids if end is None or ids[-1:] == [end] else [*ids, end]
+            for start in range(0, len(whole), section.max_length):
+                piece = whole[start : start + section.max_length]
+                found["input_ids"].append(piece)
+                found["attention_mask"].append([1] * len(piece))
+                found["labels"].append(piece)
+                found["row"].append(row)
+                found["unknown"].append(0 if tokenizer.unk_token_id is None else piece.count(tokenizer.unk_token_id))
+                found["tokens"].append(len(piece))
+        return found
+
+    return encode
+
+
+def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
+    unknown, tokens = sum(encoded["unknown"]), sum(encoded["tokens"])
+    pieces = f"{len(encoded):,} pieces of at most {section.max_length} tokens"
+    return f"{texts:,} texts; {pieces}; {unknown:,} of {tokens:,} tokens unknown"
+
+
+def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
+    padding(tokenizer)
+    # labels end where their text does, whatever id pads it
+    pad = DataCollatorForTokenClassification(tokenizer)
+    return lambda rows: dict(pad(rows))
+
+
+def _reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """(batch, length): the loss of each token, 0 where there is none: whole logits would fill the memory."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view_as(labels)
+
+
+def _metrics(section: TaskSection, labels: Sequence[str], processor: Any):
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        losses, gold = arrays(prediction)
+        learned = gold[:, 1:] != IGNORED
+        mean = float(losses[:, :-1][learned].mean(dtype=np.float64))
+        # of each token alike, where eval_loss is a mean over batches
+        return {"token_loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+    return metrics
+
+
+def _answer(section: TaskSection, answer: Any) -> dict[str, Any]:
+    return {"predicted": answer[0]["generated_text"]}
+
+
+TEXT_GENERATION = Task(
+    name="text-generation",
+    auto_class="AutoModelForCausalLM",
+    roles=TASK_TYPES["text-generation"].roles,
+    labels=None,
+    encode=_encode,
+    counts=_counts,
+    check=check_length,
+    collate=_collate,
+    metrics=_metrics,
+    metric_names=("token_loss", "perplexity"),
+    reduce=_reduce,
+    pipeline=lambda section: (None, {"return_full_text": False}),
+    answer=_answer,
+)
