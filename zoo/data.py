@@ -219,15 +219,32 @@ def _roles(rows: Dataset, split: str, section: DataSection, roles: Sequence[str]
         raise UserError(f"data {section.path}: the {split} split is empty")
     rows = rows.select_columns([columns[role] for role in wanted])
     rows = rows.rename_columns({columns[role]: role for role in wanted if columns[role] != role})
+    rows = rows.add_column("row", list(range(len(rows))))
+    if section.drop_empty:
+        rows = _filled(rows, wanted, f"data {section.path}: {split}")
     for role in (role for role in wanted if role in _TEXTS):
         _TEXTS[role](rows, role, columns[role], split, section.path)
     if "image" in wanted:
         rows = image_column(rows, "image", folder, where)
-    return rows.add_column("row", list(range(len(rows))))
+    return rows
+
+
+def _filled(rows: Dataset, roles: Sequence[str], where: str) -> Dataset:
+    """Only the rows that have a value in each column."""
+    kept = list(range(len(rows)))
+    for role in roles:
+        values = rows[role]
+        empty = {n for n, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())}
+        kept = [n for n in kept if n not in empty]
+    if not kept:
+        raise UserError(f"{where}: no row has a value for each of {', '.join(roles)}")
+    if len(kept) < len(rows):
+        print(f"{where}: {len(rows) - len(kept):,} rows left out that lack {' or '.join(roles)} (data.drop_empty)")
+    return rows.select(kept)
 
 
 def _check_texts(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
-    for row, text in enumerate(rows[role]):
+    for row, text in zip(rows["row"], rows[role], strict=True):
         if text is None:
             raise UserError(f"data {path}: {split} row {row}: column {column!r} holds nothing{NOTHING}")
         if not isinstance(text, str):
@@ -244,7 +261,7 @@ def _check_tokens(rows: Dataset, role: str, column: str, split: str, path: str) 
     )
     if not words:
         raise UserError(f"data {path}: {split}: column {column!r} is {feature}, not a list of words")
-    for row, tokens in enumerate(rows[role]):
+    for row, tokens in zip(rows["row"], rows[role], strict=True):
         if not tokens or any(token is None or not token.strip() for token in tokens):
             raise UserError(
                 f"data {path}: {split} row {row}: column {column!r} has no tokens, or an empty one; remove it"

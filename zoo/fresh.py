@@ -71,7 +71,10 @@ def config_class(name: str, native: bool) -> type[PreTrainedConfig]:
 
 
 def known_fields(of: type[PreTrainedConfig]) -> set[str]:
-    return {*of().to_dict(), *of.attribute_map, "num_labels"}
+    made = of()
+    # transformers writes a decoder's first token only where there is one
+    decoder = {"decoder_start_token_id"} if made.is_encoder_decoder else set()
+    return {*made.to_dict(), *of.attribute_map, "num_labels", *decoder}
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A model and its processor from a recipe: native or official, its variant; and the proof that its weights arrived."""
 
+import copy
+import inspect
 import json
 import pickle
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BaseImageProcessor,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -125,6 +128,10 @@ def _fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
         print(f"model: {wanted - there} tokens beyond its vocabulary of {there:,}: embedded at the mean of the others")
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    # another family's tokenizer may make inputs, such as segments, that this model does not have
+    read = inspect.signature(model.forward).parameters
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in read]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what is saved
 
 
 def _trained(
@@ -175,11 +182,12 @@ def _fresh(
         raise UserError(f"model.{field}: {_message(error)}") from error
 
 
-def set_generation(model: PreTrainedModel, defaults: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The recipe's `generate` section over the model's own generation config, which is saved with it. UserError."""
+def set_generation(model: PreTrainedModel, defaults: dict[str, Any], settings: dict[str, Any]) -> GenerationConfig:
+    """Lays the recipe's `generate` section over the model's own generation config. Returns a copy to save with it: in
+    the model's own, generating writes all that it did not say. Raises UserError."""
     if "max_length" in settings:
         defaults = {key: value for key, value in defaults.items() if key != "max_new_tokens"}
-    chosen = {**defaults, **settings}
+    chosen = {"_from_model_config": False, **defaults, **settings}
     config = model.generation_config
     if config is None:
         raise UserError(f"model: {type(model).__name__} generates nothing")
@@ -188,6 +196,7 @@ def set_generation(model: PreTrainedModel, defaults: dict[str, Any], settings: d
         config.validate(strict=True)
     except (ValueError, TypeError) as error:
         raise UserError(f"generate: {_message(error)}") from error
+    return copy.deepcopy(config)
 
 
 def fit_images(model: PreTrainedModel, processor: Processor, side: int | None) -> None:

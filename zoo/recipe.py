@@ -218,7 +218,8 @@ class DataSection(Section):
 
     `files`: the dataset's split -> file under `path`; `splits`: our split -> the dataset's; `columns`: our role ->
     column. `validation` and `test` are the shares of train held out where there is no such split: those of test are the
-    same rows for each seed. `limit`: rows of each split.
+    same rows for each seed. `drop_empty` leaves out rows that lack a value, which are an error otherwise. `limit`: rows
+    of each split.
     """
 
     path: Text
@@ -230,6 +231,7 @@ class DataSection(Section):
     columns: dict[Role, Text] = Field(default_factory=dict)
     splits: dict[Literal["train", "validation", "test"], Text] = Field(default_factory=dict)
     pixels: Pixels | None = None
+    drop_empty: bool = False
     validation: float = Field(default=0.1, gt=0, lt=1)
     test: float | None = Field(default=None, gt=0, lt=1)
     limit: int | None = Field(default=None, gt=0)

@@ -71,9 +71,10 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         print(note)
     model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
     fit_images(model, processor, recipe.task.image_size)
+    generation = None
     if TASK_TYPES[task.name].generates:
         length = recipe.task.max_target_length or DEFAULT_TARGET_LENGTH
-        set_generation(model, {"max_new_tokens": length}, recipe.generate)
+        generation = set_generation(model, {"max_new_tokens": length}, recipe.generate)
     task.check(recipe.task, model)
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
@@ -98,6 +99,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     metrics["peak_memory_bytes"] = peak_memory_bytes()
     # a step is a batch of any size, so their rate says nothing beside that of the samples
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
+    model.generation_config = generation or model.generation_config
     save(recipe, model, processor, metrics, output_dir, _extras(recipe, task, model, trainer, splits, metrics, records))
     events.write("finished", trainer.state.global_step, metrics)
     _push(recipe, output_dir)
