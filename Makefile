@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/zoo bench finetune recipes/bert/finetune-topics.yaml
+	$(BIN)/zoo bench finetune recipes/bert/finetune-topics.yaml --max-length 128 --max-length 256
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -362,39 +362,131 @@ def doctor(as_json: AsJson = False) -> None:
             raise typer.Exit(1)
 
 
+Family = Annotated[str | None, typer.Option(help="A native family, in six layers of width 384: zoo ls models.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds, each both sides; the median counts.")]
+Steps = Annotated[int, typer.Option(min=2, help="Training steps a side and round, after one to warm up.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Where a training step's time goes, instead.")]
+Lengths = Annotated[list[int] | None, typer.Option(help="Tokens a text; repeatable. The recipe's own if not given.")]
+NoDropout = Annotated[bool, typer.Option("--no-dropout", help="On neither side.")]
+
+
 @benchmarks.command("finetune")
 def bench_finetune(
-    recipe: RecipeName,
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, or use --family.")] = None,
     overrides: Overrides = None,
-    max_length: Annotated[
-        list[int] | None, typer.Option(help="Tokens a text; repeatable. Default 128 and 256.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each both sides; the median counts.")] = 5,
-    steps: Annotated[int, typer.Option(min=2, help="Training steps a side and round, after one to warm up.")] = 4,
-    profile: Annotated[bool, typer.Option("--profile", help="Where a training step's time goes, instead.")] = False,
+    family: Family = None,
+    max_length: Lengths = None,
+    rounds: Rounds = 5,
+    steps: Steps = 4,
+    profile: Profile = False,
+    no_dropout: NoDropout = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tuning and evaluation speed of the native class against the official one, on a recipe as it stands.
+    """Fine-tuning and evaluation speed of a recipe as it stands, or of a family on topics of news.
 
     Examples:
 
-      zoo bench finetune bert/finetune-topics --max-length 128
+      zoo bench finetune bert/finetune-topics --max-length 128 --max-length 256
+
+      zoo bench finetune --family roberta
 
       zoo bench finetune bert/finetune-topics --profile
     """
     with _ending(), _only_json(as_json) as answer:
+        if (recipe is None) == (family is None):
+            raise UserError("bench finetune: give a recipe, or --family; one of the two")
+        from zoo.bench import settings
         from zoo.recipe_loading import load_recipe
 
-        loaded, lengths = load_recipe(recipe, overrides or []), max_length or [128, 256]
-        quiet_libraries()
-        from zoo import bench
-
-        if profile:
-            shares = bench.profile(loaded, lengths, steps)
-            print(json.dumps(shares) if as_json else bench.profile_table(shares), file=answer)
+        if recipe is not None:
+            setting = settings.of_recipe(load_recipe(recipe, overrides or []))
         else:
-            result = bench.run(loaded, lengths, rounds, steps)
-            print(json.dumps(result) if as_json else bench.table(result), file=answer)
+            setting = settings.finetuning(str(family), overrides or [])
+        _bench(setting, max_length, rounds, steps, profile, no_dropout, as_json, answer)
+
+
+@benchmarks.command("pretrain")
+def bench_pretrain(
+    family: Annotated[str, typer.Option(help="A native family, in six layers of width 384: zoo ls models.")],
+    overrides: Overrides = None,
+    max_length: Lengths = None,
+    rounds: Rounds = 5,
+    steps: Steps = 4,
+    profile: Profile = False,
+    no_dropout: NoDropout = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pretraining speed: masked words for the encoders, the next word for GPT in full rows, pairs of texts for T5.
+
+    Examples:
+
+      zoo bench pretrain --family bert
+
+      zoo bench pretrain --family gpt2 --no-dropout
+    """
+    with _ending(), _only_json(as_json) as answer:
+        from zoo.bench import settings
+
+        setting = settings.pretraining(family, overrides or [])
+        _bench(setting, max_length, rounds, steps, profile, no_dropout, as_json, answer)
+
+
+@benchmarks.command("images")
+def bench_images(
+    overrides: Overrides = None,
+    rounds: Rounds = 5,
+    steps: Steps = 4,
+    profile: Profile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Training and evaluation speed of ViT on images of 224 pixels.
+
+    Example:
+
+      zoo bench images model.size=vit-small-patch16-224
+    """
+    with _ending(), _only_json(as_json) as answer:
+        from zoo.bench import settings
+
+        _bench(settings.images(overrides or []), None, rounds, steps, profile, False, as_json, answer)
+
+
+@benchmarks.command("generate")
+def bench_generate(
+    family: Annotated[str, typer.Option(help="gpt2 or t5.")],
+    rounds: Rounds = 5,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds a token of greedy generation, beside those of its matrix products alone.
+
+    Example:
+
+      zoo bench generate --family gpt2
+    """
+    with _ending(), _only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo.bench import generation
+
+        result = generation.run(family, rounds, new_tokens)
+        print(json.dumps(result) if as_json else generation.table(result), file=answer)
+
+
+def _bench(
+    setting, max_length, rounds: int, steps: int, profile: bool, no_dropout: bool, as_json: bool, answer
+) -> None:
+    quiet_libraries()
+    from dataclasses import replace
+
+    from zoo.bench import training
+
+    setting = replace(setting, dropout=not no_dropout)
+    if profile:
+        shares = training.profile(setting, max_length or [], steps)
+        print(json.dumps(shares) if as_json else training.profile_table(shares), file=answer)
+    else:
+        result = training.run(setting, max_length or [], rounds, steps)
+        print(json.dumps(result) if as_json else training.table(result), file=answer)
 
 
 def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, directory: Path) -> None:

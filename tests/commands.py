@@ -7,7 +7,7 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 # to import them takes longer than most commands; what a command then does is that of `python cli.py`
-SERVER.set_forkserver_preload(["cli", "zoo.train", "zoo.evaluation", "zoo.prediction", "zoo.bench"])
+SERVER.set_forkserver_preload(["cli", "zoo.train", "zoo.evaluation", "zoo.prediction", "zoo.bench.training"])
 
 
 def _command(arguments: tuple[str, ...], cwd: Path, streams: tuple[Path, Path]) -> None:

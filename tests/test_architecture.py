@@ -33,7 +33,7 @@ NEIGHBOURS = {
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},
     "evaluation": {"train"},
     "seeds": {"train"},
-    "bench": {"train"},
+    "bench": {"train", "size_counts"},
 }
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-import zoo.bench
+import zoo.bench.training
 from tests.conftest import read_r8, write_csv
-from zoo.bench import SIDES, _start, _Subject, _trainer, profile, profile_table, run, table
+from zoo.bench.settings import Setting, of_recipe
+from zoo.bench.training import SIDES, Subject, _start, _trainer, profile, profile_table, run, table
 from zoo.errors import UserError
 from zoo.recipe import Recipe
 
@@ -23,8 +24,8 @@ def recipe(tiny_bert, r8) -> Recipe:
 
 
 def test_a_whole_bench(recipe, monkeypatch):
-    monkeypatch.setattr(zoo.bench, "matrix_product_rate", lambda: 1e11)
-    result = run(recipe, [32], rounds=1, steps=2)
+    monkeypatch.setattr(zoo.bench.training, "matrix_product_rate", lambda: 1e11)
+    result = run(of_recipe(recipe), [32], rounds=1, steps=2)
     (entry,) = result["results"]
     assert (result["recipe"], result["rounds"], entry["max_length"]) == ("tiny", 1, 32)
     assert result["environment"]["torch"] == torch.__version__.partition("+")[0] or result["environment"]["torch"]
@@ -49,7 +50,7 @@ def test_a_whole_bench(recipe, monkeypatch):
 
 
 def test_a_profile_says_where_the_time_goes(recipe):
-    (entry,) = profile(recipe, [32], steps=2)
+    (entry,) = profile(of_recipe(recipe), [32], steps=2)
     shares = entry["shares"]
     assert entry["max_length"] == 32 and entry["milliseconds_per_step"] > 0
     assert 0.5 < sum(shares.values()) <= 1 and list(shares.values()) == sorted(shares.values(), reverse=True)
@@ -62,7 +63,7 @@ def test_a_profile_says_where_the_time_goes(recipe):
 
 def test_both_sides_start_equal_and_see_the_same_rows(recipe, tmp_path):
     start = _start(recipe, str(tmp_path))
-    subject = _Subject(start)
+    subject = Subject(Setting(start))
     heads, orders, rows, lengths = {}, {}, {}, {}
     for grouped in (False, True):
         for side in SIDES:
@@ -80,7 +81,7 @@ def test_both_sides_start_equal_and_see_the_same_rows(recipe, tmp_path):
 def test_what_is_refused(recipe, tiny_bert):
     def refused(recipe, length=32, **model) -> str:
         with pytest.raises(UserError) as caught:
-            run(recipe.model_copy(update={"model": recipe.model.model_copy(update=model)}), [length], 1, 2)
+            run(of_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})), [length], 1, 2)
         return str(caught.value)
 
     assert "model.implementation must be native" in refused(recipe, implementation="official")
@@ -91,7 +92,8 @@ def test_what_is_refused(recipe, tiny_bert):
 def test_few_rows_are_enough(recipe, tmp_path):
     write_csv(tmp_path / "train.csv", read_r8("train", 18))
     data = recipe.data.model_copy(update={"path": str(tmp_path / "train.csv"), "files": {}})
-    with _trainer(_Subject(_start(recipe.model_copy(update={"data": data}), str(tmp_path / "start"))), "native", 0, 2):
+    few = recipe.model_copy(update={"data": data})
+    subject = Subject(Setting(_start(few, str(tmp_path / "start"))))
+    with _trainer(subject, "native", 0, 2):
         pass
-    subject = _Subject(_start(recipe.model_copy(update={"data": data}), str(tmp_path / "start")))
-    assert zoo.bench._turn(subject, "native", "evaluation", 0, 2)["samples_per_second"] > 0
+    assert zoo.bench.training._turn(subject, "native", "evaluation", 0, 2)["samples_per_second"] > 0

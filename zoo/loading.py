@@ -107,7 +107,7 @@ def load_model(
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     if problem_type is not None:
         changes["problem_type"] = problem_type
-    if section.attention != "full":
+    if section.attention is not None:
         # a variant's checkpoint keeps its own attention unless the recipe names another
         changes |= {"attention": section.attention, "attention_kwargs": section.attention_kwargs}
     model = _fresh(section, auto_class, changes, processor) if section.path is None else None
@@ -147,7 +147,7 @@ def _trained(
         raise UserError(f"model {path}: no readable config.json: it is missing, or names no model_type")
     model_type = fields.get("model_type")
     if section.implementation == "native":
-        model_class = _native_class(path, model_type, auto_class)
+        model_class = native_class(path, model_type, auto_class)
         config = _config(section, model_class.config_class, location, revision, changes)
     else:
         if str(model_type).startswith("zoo_"):
@@ -170,7 +170,7 @@ def _fresh(
     """A model of the recipe's size, or model_type, with random weights."""
     config = recipe_config(section, changes, processor)
     if section.implementation == "native":
-        model_class: Any = _native_class(f"{config.model_type}", config.model_type, auto_class)
+        model_class: Any = native_class(f"{config.model_type}", config.model_type, auto_class)
         make = model_class._from_config
     else:
         make = getattr(transformers, auto_class).from_config
@@ -236,7 +236,11 @@ def _directory(repo: Path | str, revision: str) -> Path:
     return Path(config).parent
 
 
-def _native_class(path: str, model_type: str | None, auto_class: str) -> type[PreTrainedModel]:
+def native_class(path: str, model_type: str | None, auto_class: str) -> type[PreTrainedModel]:
+    """The class that an Auto class means for a model type. Raises UserError.
+
+    path: of the checkpoint, for words.
+    """
     from zoo.models import FAMILIES
 
     family = str(model_type).removeprefix("zoo_")

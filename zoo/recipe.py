@@ -109,10 +109,13 @@ class ModelSection(Section):
     added_tokens: list[Text] = Field(default_factory=list)
     revision: Text | None = None
     implementation: Literal["native", "official"] = "native"
-    attention: Annotated[
-        Annotated[Text, Tag("name")] | Annotated[list[Text], Field(min_length=1), Tag("cycle")],
-        Discriminator(lambda value: "cycle" if isinstance(value, list) else "name"),
-    ] = "full"
+    attention: (
+        Annotated[
+            Annotated[Text, Tag("name")] | Annotated[list[Text], Field(min_length=1), Tag("cycle")],
+            Discriminator(lambda value: "cycle" if isinstance(value, list) else "name"),
+        ]
+        | None
+    ) = None
     attention_kwargs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     attn_implementation: Text | None = None
     ragged: Literal["auto", "on", "off"] = "auto"
@@ -134,7 +137,8 @@ class ModelSection(Section):
             yield ("tokenizer",), "a checkpoint brings its own; remove the key, or path"
         if self.revision is not None and self.path is None and self.tokenizer is None:
             yield ("revision",), "it is that of path or of tokenizer, and there is neither"
-        names = [self.attention] if isinstance(self.attention, str) else self.attention
+        attention = self.attention or "full"
+        names = [attention] if isinstance(attention, str) else attention
         for name in self.attention_kwargs:
             if name not in names:
                 text = f"model.attention is {', '.join(names)}: nothing reads this{did_you_mean(name, names)}"

@@ -1,4 +1,4 @@
-"""`zoo bench finetune`: the native class against the official one, the same Trainer, data and seeds, interleaved.
+"""Training and evaluation: the native class against the official one, the same Trainer, data and seeds, interleaved.
 
 The official side is its best self: sdpa, dynamic padding, fused AdamW, the same collator and threads. A round is one
 turn of each side on the same rows; ratios are taken within a round, and the median over the rounds is what counts.
@@ -11,28 +11,32 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
-from zoo.data import load_splits
+from zoo.bench.settings import Setting
+from zoo.data import WithDraws, load_splits
 from zoo.errors import UserError
-from zoo.loading import load_model, load_processor
+from zoo.loading import fit_images, load_model, load_processor
 from zoo.memory import peak_memory_bytes
 from zoo.quiet import quiet_libraries
 from zoo.recipe import Recipe
+from zoo.size_counts import layers, max_length
 from zoo.tasks import task_of
 from zoo.train import build_trainer, encoded, training_arguments
 from zoo.trainer import ZooTrainer
 
 SIDES = ("native", "official")
-KINDS = ("shuffled", "grouped by length", "evaluation")
 WARM_UP_STEPS = 1
 EVAL_BATCHES = 4
 LOSS_STEPS = 8
@@ -40,28 +44,32 @@ MEMORY_STEPS = 12
 PROFILE_ROWS = 16
 
 
-def run(recipe: Recipe, max_lengths: list[int], rounds: int, steps: int) -> dict[str, Any]:
-    """Speeds, ratios, peak memory and loss curves for each maximum length; see `table`."""
+def run(setting: Setting, max_lengths: Sequence[int], rounds: int, steps: int) -> dict[str, Any]:
+    """Speeds, ratios, peak memory and loss curves for each maximum length of texts; see `table`.
+
+    max_lengths: none for the recipe's own, which images have not.
+    """
+    recipe = setting.recipe
     _check(recipe)
     if recipe.model.implementation != "native":
         raise UserError("bench: the recipe's model.implementation must be native; the official side is added to it")
-    if recipe.model.attention != "full":
+    if recipe.model.attention not in (None, "full"):
         raise UserError("bench: a variant has no official class to be compared with; use attention: full")
     with tempfile.TemporaryDirectory() as directory:
         start = _start(recipe, directory)
         # turns of both sides; their memory and their losses
-        turns = len(max_lengths) * len(SIDES) * (rounds * len(KINDS) + 2)
+        lengths: list[int | None] = [*max_lengths]
+        sized = [replace(setting, recipe=_sized(start, length)) for length in lengths or [None]]
+        turns = len(sized) * len(SIDES) * (rounds * len(setting.kinds) + 2)
         with tqdm(total=turns, desc="Measuring", unit="turn") as bar:
-            results = [_one_length(start, length, rounds, steps, bar) for length in max_lengths]
+            results = [_one_length(one, rounds, steps, bar) for one in sized]
     return {"recipe": recipe.name, "environment": _environment(recipe), "rounds": rounds, "results": results}
 
 
 def _check(recipe: Recipe) -> None:
-    """Raises UserError for what is not measured yet."""
-    if recipe.task.type != "text-classification" or recipe.task.stride is not None:
-        raise UserError(
-            f"bench finetune measures text-classification in one piece; {recipe.name} is {recipe.task.type}"
-        )
+    """Raises UserError for what cannot be measured: a row must be one input of the model."""
+    if recipe.task.stride is not None:
+        raise UserError("bench: task.stride: windows are not measured; remove the key")
 
 
 def _start(recipe: Recipe, directory: str) -> Recipe:
@@ -70,20 +78,25 @@ def _start(recipe: Recipe, directory: str) -> Recipe:
     section = recipe.model.model_copy(update={"implementation": "official", "ragged": "auto"})
     set_seed(0)
     labels = load_splits(recipe.data, task.roles, 0, kind=task.labels).labels
-    load_model(section, task.auto_class, labels, task.problem_type).save_pretrained(directory)
-    load_processor(section, task_of(recipe.task).processor).save_pretrained(directory)
-    here: dict[str, Any] = {"path": directory, "revision": None, "config": {}}
+    processor = load_processor(section, task.processor)
+    model = load_model(section, task.auto_class, labels, task.problem_type, processor=processor)
+    fit_images(model, processor, recipe.task.image_size)
+    for part in (model, processor):
+        part.save_pretrained(directory)
+    here: dict[str, Any] = {"path": directory, "config": {}, "added_tokens": []}
+    here |= dict.fromkeys(("size", "tokenizer", "revision"))
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=here)})
 
 
-def _sized(recipe: Recipe, max_length: int) -> Recipe:
+def _sized(recipe: Recipe, max_length: int | None) -> Recipe:
+    if max_length is None:
+        return recipe
     return recipe.model_copy(update={"task": recipe.task.model_copy(update={"max_length": max_length})})
 
 
-def _one_length(recipe: Recipe, max_length: int, rounds: int, steps: int, bar: tqdm) -> dict[str, Any]:
-    sized = _sized(recipe, max_length)
-    subject = _Subject(sized)
-    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+def _one_length(setting: Setting, rounds: int, steps: int, bar: tqdm) -> dict[str, Any]:
+    subject = Subject(setting)
+    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in setting.kinds}
     for number in range(rounds):
         rate = matrix_product_rate()
         for kind, measured in rows.items():
@@ -96,55 +109,93 @@ def _one_length(recipe: Recipe, max_length: int, rounds: int, steps: int, bar: t
             measured.append({**turn, "matrix_product_rate": rate})
     memory = {}
     for side in SIDES:
-        memory[side] = _in_own_process(_peak_memory, sized, side)
+        memory[side] = _in_own_process(_peak_memory, setting, side)
         bar.update()
     difference = _loss_difference(subject)
     bar.update(len(SIDES))
     return {
-        "max_length": max_length,
+        "max_length": subject.longest,
         "kinds": {kind: _summary(measured) for kind, measured in rows.items()},
         "peak_memory_bytes": memory,
         "loss_difference_without_dropout": difference,
     }
 
 
-class _Subject:
-    """A recipe with its data and tokenizer, read and encoded once."""
+class Subject:
+    """A recipe with its data and processor, read and encoded once; each row with a number of its own."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.task = recipe, task_of(recipe.task)
-        self.processor = load_processor(recipe.model, task_of(recipe.task).processor)
-        splits = load_splits(recipe.data, self.task.roles, 0, kind=self.task.labels)
+    def __init__(self, setting: Setting):
+        self.recipe, self.task = setting.recipe, task_of(setting.recipe.task)
+        self.dropout = setting.dropout
+        self.processor = load_processor(self.recipe.model, self.task.processor)
+        splits = load_splits(self.recipe.data, self.task.roles, 0, kind=self.task.labels)
         self.labels = splits.labels
-        self.rows, _ = encoded(splits.train, recipe, self.task, self.processor, 0)
-        self.lengths = {row: len(ids) for row, ids in zip(self.rows["row"], self.rows["input_ids"], strict=True)}
+        found, _ = encoded(splits.train, self.recipe, self.task, self.processor, 0)
+        table = found.rows if isinstance(found, WithDraws) else found
+        table = _full_rows(table, self.recipe.task.max_length) if setting.full_rows else table
+        self.table = table.remove_columns("row").add_column("row", list(range(len(table))))
+        self.rows = self.drawn(self.table)
+        texts = "input_ids" in table.column_names
+        self.lengths = [len(ids) for ids in table["input_ids"]] if texts else None
+        self.targets = [len(ids) for ids in table["labels"]] if self.task.writes else None
+        self.longest = self.recipe.task.max_length if texts else None
+
+    def drawn(self, rows: Dataset) -> Any:
+        return WithDraws(rows, 0) if self.task.draws == "all" else rows
+
+    def operations(self, row: int, model) -> int:
+        """Real floating-point operations of a forward pass over a row: its tokens in the blocks, and no padding.
+
+        What stands around the blocks counts where it is large: a vocabulary for each token that is predicted.
+        """
+        config, specs = model.config, layers(model.config)
+        length = max_length(config) if self.lengths is None else self.lengths[row]
+        if self.targets is not None:
+            target = self.targets[row]
+            read = [spec for spec in specs if not spec.cross_attention]
+            write = [spec for spec in specs if spec.cross_attention]
+            done = length * sum(spec.flops_per_token(length) for spec in read)
+            done += target * sum(spec.flops_per_token(target, encoder_length=length) for spec in write)
+            return done + 2 * target * config.vocab_size * config.hidden_size
+        predicted = {"text-generation": 1.0, "fill-mask": 0.15}.get(self.task.name, 0.0) * length
+        vocabulary = 2 * predicted * config.vocab_size * config.hidden_size if predicted else 0
+        return length * sum(spec.flops_per_token(length) for spec in specs) + int(vocabulary)
 
 
-def _turn(subject: _Subject, side: str, kind: str, seed: int, steps: int) -> dict[str, float]:
+def _full_rows(rows: Dataset, length: int) -> Dataset:
+    """The texts one after another, in rows of exactly `length` tokens."""
+    stream = [token for ids in rows["input_ids"] for token in ids]
+    whole = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+    columns = {"input_ids": whole, "labels": whole, "attention_mask": [[1] * length] * len(whole)}
+    return Dataset.from_dict({**columns, "row": list(range(len(whole)))})
+
+
+def without_dropout(model: nn.Module) -> None:
+    """No dropout anywhere, whichever class has it and under whatever name."""
+    for module in model.modules():
+        for name in ("p", "dropout_p", "attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _turn(subject: Subject, side: str, kind: str, seed: int, steps: int) -> dict[str, float]:
     """Samples and real floating-point operations a second of one side, on rows that depend on the seed alone."""
     with _trainer(subject, side, seed, steps, grouped=kind == "grouped by length") as trainer:
         if kind == "evaluation":
-            count = min(EVAL_BATCHES * trainer.args.eval_batch_size, len(subject.rows))
-            rows = subject.rows.shuffle(seed=seed).select(range(count))
-            trainer.evaluate(rows.select(range(min(trainer.args.eval_batch_size, count))))
+            count = min(EVAL_BATCHES * trainer.args.eval_batch_size, len(subject.table))
+            rows = subject.table.shuffle(seed=seed).select(range(count))
+            trainer.evaluate(subject.drawn(rows.select(range(min(trainer.args.eval_batch_size, count)))))
             start = time.perf_counter()
-            trainer.evaluate(rows)
-            seconds, seen, passes = time.perf_counter() - start, rows["row"], 1
+            trainer.evaluate(subject.drawn(rows))
+            seconds, seen, passes = time.perf_counter() - start, list(rows["row"]), 1
         else:
             clock = _Clock()
             trainer.add_callback(clock)
             trainer.train()
             warm_up = WARM_UP_STEPS * trainer.args.gradient_accumulation_steps
             seconds, seen, passes = clock.seconds, list(itertools.chain(*trainer.seen_rows[warm_up:])), 3
-        lengths = [subject.lengths[row] for row in seen]
-        operations = passes * sum(length * _flops_per_token(trainer.model, length) for length in lengths)
-        return {"samples_per_second": len(lengths) / seconds, "flops_per_second": operations / seconds}
-
-
-def _flops_per_token(model, length: int) -> int:
-    from zoo.models.modeling_bert import block_spec
-
-    return model.config.num_hidden_layers * block_spec(model.config).flops_per_token(length)
+        operations = passes * sum(subject.operations(row, trainer.model) for row in seen)
+        return {"samples_per_second": len(seen) / seconds, "flops_per_second": operations / seconds}
 
 
 class _Clock(TrainerCallback):
@@ -174,11 +225,11 @@ class _NotingTrainer(ZooTrainer):
 
 
 @contextlib.contextmanager
-def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False, **config) -> Iterator[_NotingTrainer]:
+def _trainer(
+    subject: Subject, side: str, seed: int, steps: int, grouped: bool = False, dropout: bool = True
+) -> Iterator[_NotingTrainer]:
     recipe = subject.recipe
-    model_section = recipe.model.model_copy(
-        update={"implementation": side, "ragged": "auto", "config": recipe.model.config | config}
-    )
+    model_section = recipe.model.model_copy(update={"implementation": side, "ragged": "auto"})
     changes: dict[str, Any] = {
         "max_steps": WARM_UP_STEPS + steps, "seed": seed, "eval_strategy": "no", "save_strategy": "no",
         "load_best_model_at_end": False, "logging_strategy": "no", "disable_tqdm": True,
@@ -188,6 +239,8 @@ def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False,
     set_seed(seed)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(None):
         model = load_model(sized.model, subject.task.auto_class, subject.labels, subject.task.problem_type)
+        if not (dropout and subject.dropout):
+            without_dropout(model)
         subject.task.check(sized.task, model)
         arguments = training_arguments(sized, Path(scratch))
         trainer = build_trainer(
@@ -196,19 +249,18 @@ def _trainer(subject: _Subject, side: str, seed: int, steps: int, grouped=False,
         yield cast(_NotingTrainer, trainer)
 
 
-def _loss_difference(subject: _Subject) -> float:
+def _loss_difference(subject: Subject) -> float:
     """The largest difference between the two sides' losses over a few steps with all dropout off."""
     curves = []
     for side in SIDES:
-        dropout_off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        with _trainer(subject, side, 0, LOSS_STEPS, **dropout_off) as trainer:
+        with _trainer(subject, side, 0, LOSS_STEPS, dropout=False) as trainer:
             trainer.train()
             curves.append(trainer.seen_losses)
     return max(abs(a - b) for a, b in zip(*curves, strict=True))
 
 
-def _peak_memory(recipe: Recipe, side: str) -> int:
-    with _trainer(_Subject(recipe), side, 0, MEMORY_STEPS) as trainer:
+def _peak_memory(setting: Setting, side: str) -> int:
+    with _trainer(Subject(setting), side, 0, MEMORY_STEPS) as trainer:
         trainer.train()
     return peak_memory_bytes()
 
@@ -220,14 +272,16 @@ def _in_own_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def profile(recipe: Recipe, max_lengths: list[int], steps: int) -> list[dict[str, Any]]:
+def profile(setting: Setting, max_lengths: Sequence[int], steps: int) -> list[dict[str, Any]]:
     """Each operation's share of the time of native training steps, by torch.profiler, for each maximum length."""
-    _check(recipe)
+    _check(setting.recipe)
     profiles = []
     with tempfile.TemporaryDirectory() as directory:
-        start = _start(recipe, directory)
-        for max_length in max_lengths:
-            with _trainer(_Subject(_sized(start, max_length)), "native", 0, steps) as trainer:
+        start = _start(setting.recipe, directory)
+        lengths: list[int | None] = [*max_lengths]
+        for max_length in lengths or [None]:
+            subject = Subject(replace(setting, recipe=_sized(start, max_length)))
+            with _trainer(subject, "native", 0, steps) as trainer:
                 clock = _ProfilerClock()
                 trainer.add_callback(clock)
                 trainer.train()
@@ -235,7 +289,9 @@ def profile(recipe: Recipe, max_lengths: list[int], steps: int) -> list[dict[str
             total = sum(operation.self_cpu_time_total for operation in operations)
             largest = sorted(operations, key=lambda operation: -operation.self_cpu_time_total)[:PROFILE_ROWS]
             shares = {operation.key: operation.self_cpu_time_total / total for operation in largest}
-            profiles.append({"max_length": max_length, "milliseconds_per_step": total / steps / 1000, "shares": shares})
+            profiles.append(
+                {"max_length": subject.longest, "milliseconds_per_step": total / steps / 1000, "shares": shares}
+            )
     return profiles
 
 
@@ -256,7 +312,7 @@ def profile_table(profiles: list[dict[str, Any]]) -> str:
     """What `profile` found, as Markdown."""
     lines = []
     for entry in profiles:
-        lines += [f"{entry['max_length']} tokens, {entry['milliseconds_per_step']:.0f} ms a training step", ""]
+        lines += [f"{_of(entry)}, {entry['milliseconds_per_step']:.0f} ms a training step", ""]
         lines += ["| operation | share |", "|---|---|"]
         lines += [f"| {name} | {share:.1%} |" for name, share in entry["shares"].items()] + [""]
     return "\n".join(lines)
@@ -309,7 +365,7 @@ def table(result: dict[str, Any]) -> str:
             native, official = summary["native"], summary["official"]
             low, high = summary["ratio_range"]
             lines.append(
-                f"| {entry['max_length']} | {kind} | {native['samples_per_second']:.1f} | "
+                f"| {entry['max_length'] or 'images'} | {kind} | {native['samples_per_second']:.1f} | "
                 f"{official['samples_per_second']:.1f} | **{summary['ratio']:.2f}** ({low:.2f}-{high:.2f}) | "
                 f"{native['fraction_of_matrix_products']:.2f} / {official['fraction_of_matrix_products']:.2f} | "
                 f"{summary['matrix_product_rate'] / 1e9:.0f} GFLOP/s |"
@@ -318,7 +374,11 @@ def table(result: dict[str, Any]) -> str:
         memory = {side: f"{size / 2**20:,.0f} MiB" for side, size in entry["peak_memory_bytes"].items()}
         lines += [
             "",
-            f"{entry['max_length']} tokens: peak memory native {memory['native']}, official {memory['official']}; "
+            f"{_of(entry)}: peak memory native {memory['native']}, official {memory['official']}; "
             f"largest difference of the losses without dropout {entry['loss_difference_without_dropout']:.1e}",
         ]
     return "\n".join(lines)
+
+
+def _of(entry: dict[str, Any]) -> str:
+    return "images" if entry["max_length"] is None else f"{entry['max_length']} tokens"

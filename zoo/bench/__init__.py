@@ -1,0 +1,1 @@
+"""Benchmarks: the native classes against the official ones, interleaved in one process, by median ratios."""
