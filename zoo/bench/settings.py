@@ -28,12 +28,14 @@ ENCODERS = ("bert", "roberta", "albert", "distilbert")
 @dataclass(frozen=True)
 class Setting:
     """kinds: which turns there are. full_rows: texts one after another, cut into rows of exactly so many tokens.
-    dropout: as the recipe has it, or none."""
+    dropout: as the recipe has it, or none. probe_steps: of the comparison of losses, and of the peak of memory.
+    """
 
     recipe: Recipe
     kinds: tuple[str, ...] = KINDS
     full_rows: bool = False
     dropout: bool = True
+    probe_steps: int = 12
 
 
 def of_recipe(recipe: Recipe) -> Setting:
@@ -59,8 +61,9 @@ def pretraining(family: str, overrides: Sequence[str] = ()) -> Setting:
             load_recipe("bert/finetune-topics", [*task, "train.metric_for_best_model=loss", *model, *overrides])
         )
     if family == "gpt2":
-        rows = ["task.max_length=1024", "train.per_device_train_batch_size=4", "train.per_device_eval_batch_size=4"]
-        return Setting(load_recipe("gpt2/pretrain-news", [*rows, *model, *overrides]), KINDS[:1], full_rows=True)
+        rows = ["task.max_length=1024", "train.per_device_train_batch_size=2"]
+        recipe = load_recipe("gpt2/pretrain-news", [*rows, *model, *overrides])
+        return Setting(recipe, KINDS[:1], full_rows=True, probe_steps=3)
     if family == "t5":
         return Setting(load_recipe("t5/train-headlines", [*model, *overrides]), KINDS[:2])
     raise UserError(f"--family {family}: reads images; use zoo bench images")

@@ -39,8 +39,6 @@ from zoo.trainer import ZooTrainer
 SIDES = ("native", "official")
 WARM_UP_STEPS = 1
 EVAL_BATCHES = 4
-LOSS_STEPS = 8
-MEMORY_STEPS = 12
 PROFILE_ROWS = 16
 
 
@@ -126,7 +124,7 @@ class Subject:
 
     def __init__(self, setting: Setting):
         self.recipe, self.task = setting.recipe, task_of(setting.recipe.task)
-        self.dropout = setting.dropout
+        self.dropout, self.probe_steps = setting.dropout, setting.probe_steps
         self.processor = load_processor(self.recipe.model, self.task.processor)
         splits = load_splits(self.recipe.data, self.task.roles, 0, kind=self.task.labels)
         self.labels = splits.labels
@@ -253,14 +251,14 @@ def _loss_difference(subject: Subject) -> float:
     """The largest difference between the two sides' losses over a few steps with all dropout off."""
     curves = []
     for side in SIDES:
-        with _trainer(subject, side, 0, LOSS_STEPS, dropout=False) as trainer:
+        with _trainer(subject, side, 0, subject.probe_steps, dropout=False) as trainer:
             trainer.train()
             curves.append(trainer.seen_losses)
     return max(abs(a - b) for a, b in zip(*curves, strict=True))
 
 
 def _peak_memory(setting: Setting, side: str) -> int:
-    with _trainer(Subject(setting), side, 0, MEMORY_STEPS) as trainer:
+    with _trainer(Subject(setting), side, 0, setting.probe_steps) as trainer:
         trainer.train()
     return peak_memory_bytes()
 
