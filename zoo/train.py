@@ -74,7 +74,8 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     generation = None
     if TASK_TYPES[task.name].generates:
         length = recipe.task.max_target_length or DEFAULT_TARGET_LENGTH
-        generation = set_generation(model, {"max_new_tokens": length}, recipe.generate)
+        # said outright: a pipeline would draw where nothing is said
+        generation = set_generation(model, {"max_new_tokens": length, "do_sample": False}, recipe.generate)
     task.check(recipe.task, model)
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
