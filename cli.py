@@ -362,6 +362,37 @@ def doctor(as_json: AsJson = False) -> None:
             raise typer.Exit(1)
 
 
+@app.command()
+def baseline(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """What the simplest methods reach on a recipe's data: the largest class, TF-IDF, the lead sentence, bigrams.
+
+    Examples:
+
+      zoo baseline bert/finetune-topics
+
+      zoo baseline gpt2/pretrain-news
+    """
+    with _ending(), _only_json(as_json) as answer:
+        from zoo.recipe_loading import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        quiet_libraries()
+        from zoo.baselines import run
+
+        found = run(loaded, split)
+        if as_json:
+            print(json.dumps(found), file=answer)
+            return
+        width = max(map(len, found))
+        for name, metrics in found.items():
+            print(f"{name:<{width}}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
+
+
 Family = Annotated[str | None, typer.Option(help="A native family, in six layers of width 384: zoo ls models.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds, each both sides; the median counts.")]
 Steps = Annotated[int, typer.Option(min=2, help="Training steps a side and round, after one to warm up.")]

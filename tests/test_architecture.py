@@ -23,7 +23,7 @@ LAYERS = [
     {"trainer"},
     {"model_directory", "results", "environment", "card"},
     {"hub"},
-    {"seeds", "train", "evaluation", "prediction", "bench", "catalogue", "size_counts", "doctor"},
+    {"seeds", "train", "evaluation", "prediction", "bench", "catalogue", "size_counts", "doctor", "baselines"},
     {"cli"},
 ]
 # what makes or opens a model knows its classes; everything else, the Auto classes
@@ -32,6 +32,7 @@ NEIGHBOURS = {
     "library_schema": {"sources"},
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},
     "evaluation": {"train"},
+    "baselines": {"train"},
     "seeds": {"train"},
     "bench": {"train", "size_counts"},
 }

@@ -100,7 +100,8 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     metrics["peak_memory_bytes"] = peak_memory_bytes()
     # a step is a batch of any size, so their rate says nothing beside that of the samples
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
-    model.generation_config = generation or model.generation_config
+    if generation is not None:
+        model.generation_config = generation
     save(recipe, model, processor, metrics, output_dir, _extras(recipe, task, model, trainer, splits, metrics, records))
     events.write("finished", trainer.state.global_step, metrics)
     _push(recipe, output_dir)

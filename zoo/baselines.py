@@ -1,0 +1,151 @@
+"""`zoo baseline`: what the simplest methods reach on a recipe's data, measured as its model is."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+from datasets import Dataset
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MaxAbsScaler
+
+from zoo.data import Splits, load_splits
+from zoo.errors import UserError
+from zoo.images import open_image
+from zoo.loading import load_processor
+from zoo.recipe import Recipe
+from zoo.tasks import task_of
+from zoo.tasks.summarization import rouge
+from zoo.train import training_arguments
+
+PIXELS = 28  # a side of the images that logistic regression sees
+SENTENCE = regex.compile(r".+?[.!?](?=\s|$)|.+$", regex.DOTALL)
+
+
+def run(recipe: Recipe, split: str = "test") -> dict[str, dict[str, float]]:
+    """Baseline -> its metrics on a split, learned on train. Raises UserError where the task has none."""
+    task = task_of(recipe.task)
+    if task.problem_type != "single_label_classification" and task.name not in _OTHERS:
+        raise UserError(f"baseline: {task.name} has none; there are some of classes, summaries and next tokens")
+    seed = training_arguments(recipe, Path()).seed
+    splits = load_splits(recipe.data, task.roles, seed, kind=task.labels)
+    for note in splits.notes:
+        print(note)
+    if getattr(splits, split) is None:
+        raise UserError(f"--split {split}: the data has no such split")
+    measure = _OTHERS.get(task.name, _classes)
+    return dict(measure(recipe, splits, getattr(splits, split)))
+
+
+# Classes
+
+
+def _classes(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    assert splits.train is not None
+    images = "image" in rows.column_names
+    given, asked = (_pixels(part) if images else _texts(part) for part in (splits.train, rows))
+    methods = {
+        "the largest class": DummyClassifier(),
+        "logistic regression of pixels" if images else "logistic regression of TF-IDF": make_pipeline(
+            *([MaxAbsScaler()] if images else [TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))]),
+            LogisticRegression(max_iter=1000, C=1.0 if images else 30.0),
+        ),
+    }
+    for name, method in methods.items():
+        predicted = method.fit(given, splits.train["label"]).predict(asked)
+        gold = rows["label"]
+        yield (
+            name,
+            {
+                "accuracy": float(accuracy_score(gold, predicted)),
+                "f1_macro": float(f1_score(gold, predicted, average="macro", zero_division=0)),
+            },
+        )
+
+
+def _texts(rows: Dataset) -> list[str]:
+    roles = [role for role in ("text", "text_pair") if role in rows.column_names]
+    return ["\n".join(texts) for texts in zip(*(rows[role] for role in roles), strict=True)]
+
+
+def _pixels(rows: Dataset) -> np.ndarray:
+    small = (open_image(image, "data").convert("L").resize((PIXELS, PIXELS)) for image in rows["image"])
+    return np.stack([np.asarray(image, dtype=np.float32).ravel() for image in small])
+
+
+# Summaries
+
+
+def _leads(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """The first sentence, whole, and cut to as many words as summaries of train usually have."""
+    assert splits.train is not None
+    usual = int(np.median([len(summary.split()) for summary in splits.train["summary"]]))
+    leads = [SENTENCE.match(text.strip()).group() for text in rows["text"]]
+    gold = list(rows["summary"])
+    yield "the lead sentence", rouge(gold, leads)
+    yield f"its first {usual} words", rouge(gold, [" ".join(lead.split()[:usual]) for lead in leads])
+
+
+# Next tokens
+
+
+def _tokens(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """Nats a token, of the tokens that the model is measured on: all but the first of each piece.
+
+    unigram, bigram: counts of train, smoothed by interpolation, their weights chosen on the validation split. entropy:
+    of the counts of the measured text itself, which no unigram model of it can undercut; that of its bigrams falls with
+    every pair that occurs once, and is no floor for anything.
+    """
+    assert splits.train is not None and splits.validation is not None
+    tokenizer = load_processor(recipe.model, "tokenizer")
+    train, tuned, asked = (_pieces(recipe, tokenizer, part) for part in (splits.train, splits.validation, rows))
+    once, twice = Counter(t for piece in train for t in piece), Counter(p for piece in train for p in _pairs(piece))
+    first = Counter(a for piece in train for a in piece[:-1])
+    total, size = sum(once.values()), len(tokenizer)  # type: ignore[arg-type]
+
+    def nats(pieces: list[list[int]], bigrams: float) -> float:
+        losses = []
+        for a, b in (pair for piece in pieces for pair in _pairs(piece)):
+            unigram = (once[b] + 1) / (total + size)
+            # the rarer a token is, the less is known of what follows it (Witten and Bell 1991)
+            weight = first[a] / (first[a] + bigrams) if bigrams else 0.0
+            losses.append(-log(weight * twice[a, b] / max(first[a], 1) + (1 - weight) * unigram))
+        return float(np.mean(losses))
+
+    yield "unigram of train", {"token_loss": nats(asked, 0.0)}
+    best = min((10.0, 30.0, 100.0, 300.0, 1000.0), key=lambda weight: nats(tuned, weight))
+    yield "bigram of train", {"token_loss": nats(asked, best)}
+    learned = Counter(b for piece in asked for _, b in _pairs(piece))
+    pairs = Counter(p for piece in asked for p in _pairs(piece))
+    single, joint = _entropy(learned), _entropy(pairs)
+    before = _entropy(Counter(a for piece in asked for a in piece[:-1]))
+    yield "unigram entropy of the text itself", {"token_loss": single}
+    yield "bigram entropy of the text itself", {"token_loss": joint - before}
+
+
+def _pieces(recipe: Recipe, tokenizer: Any, rows: Dataset) -> list[list[int]]:
+    encode = task_of(recipe.task).encode(tokenizer, recipe.task)
+    return list(rows.map(encode, batched=True, remove_columns=rows.column_names)["input_ids"])
+
+
+def _pairs(piece: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return pairwise(piece)
+
+
+def _entropy(counts: Counter) -> float:
+    shares = np.array(list(counts.values())) / sum(counts.values())
+    return float(-(shares * np.log(shares)).sum())
+
+
+_OTHERS: dict[str, Callable[..., Iterator[tuple[str, dict[str, float]]]]] = {
+    "summarization": _leads,
+    "text-generation": _tokens,
+}
