@@ -22,7 +22,7 @@ from zoo.tasks import TASKS, task_of
 from zoo.tasks.base import cut
 from zoo.tasks.classification import calibration_error, weighted_loss
 from zoo.tasks.fill_mask import masked
-from zoo.tasks.metrics import own_metrics
+from zoo.tasks.metrics import all_right, own_metrics
 from zoo.tasks.spans import scores, spans
 from zoo.tasks.text_classification import pooled
 
@@ -345,6 +345,32 @@ def test_metric_modules_that_are_refused(name, options, says):
     keys = {"metrics": {name: options}}
     with pytest.raises(UserError, match=f"task.metrics.{name}: {says}"):
         own_metrics(task_of(section()), section(**keys), ["a", "b", "c"])(predictions())
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "gold", "best"),
+    [
+        (section(), "abc", [2, 0, 1, 1], {"accuracy": 1.0, "f1_macro": 1.0, "calibration_error": 0.0}),
+        (
+            section(problem_type="multi_label_classification", threshold=0.99),
+            "abc", [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+            {"accuracy": 1.0, "f1_micro": 1.0, "f1_macro": 1.0},
+        ),
+        (
+            section(problem_type="regression"),
+            ["LABEL_0"], [0.5, -2.0, 7.0], {"mse": 0.0, "mae": 0.0, "pearsonr": 1.0, "spearmanr": 1.0},
+        ),
+        (
+            section("token-classification"),
+            ["B-x", "I-x", "O"], [[-100, 0, 1, -100], [-100, 2, 0, -100, 1, -100]],
+            {"accuracy": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0},
+        ),
+    ],
+    ids=["one label", "several labels", "a number", "tags"],
+)  # fmt: skip
+def test_a_prediction_that_is_all_right(task, labels, gold, best):
+    found = task_of(task).metrics(task, list(labels))(all_right(task_of(task), list(labels), gold))
+    assert found == pytest.approx(best)
 
 
 # Keys of a recipe

@@ -508,6 +508,58 @@ def test_train_sections_that_only_the_library_can_judge(recipe, tmp_path, train,
     assert "test_accuracy" in run(short, tmp_path / "run"), "the directory is still free"
 
 
+METRIC = """
+import datasets
+import evaluate
+from sklearn.metrics import f1_score
+
+
+class Mine(evaluate.Metric):
+    def _info(self):
+        numbers = datasets.Value("int64")
+        features = datasets.Features({"predictions": numbers, "references": numbers})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references, labels=None, pos_label=1, average="binary", broken=False):
+        if broken:
+            return predictions.there_is_none
+        return {"mine": f1_score(references, predictions, labels=labels, pos_label=pos_label, average=average)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("matthews_correlation", {"bogus": 1}, "unexpected keyword argument 'bogus'"),
+        ("mine.py", {"bogus": 1, "average": "macro"}, "unexpected keyword argument 'bogus'"),
+        ("mine.py", {"average": "bogus"}, "Error: .*average.*bogus"),
+        ("mine.py", {}, "Target is multiclass but average='binary'"),
+        ("mine.py", {"broken": True}, "AttributeError: .*there_is_none"),
+    ],
+)
+def test_options_of_metrics_are_judged_before_the_training(recipe, tmp_path, monkeypatch, name, options, says):
+    (tmp_path / "mine.py").write_text(METRIC)
+    monkeypatch.setattr(ZooTrainer, "train", lambda *args, **kwargs: pytest.fail("it trains"))
+    module = str(tmp_path / name) if name == "mine.py" else name
+    task = recipe.task.model_copy(update={"metrics": {module: options}})
+    with pytest.raises(UserError, match=rf"task.metrics.*{name}: refused what it was given: .*{says}"):
+        run(recipe.model_copy(update={"task": task}), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == [], "the directory stays free"
+
+
+def test_options_that_fit_the_data_are_taken(recipe, tmp_path):
+    """Each of these fails on other labels than the data's three."""
+    (tmp_path / "mine.py").write_text(METRIC)
+    for options in ({"average": "micro", "labels": [0, 2]}, {"average": "macro", "pos_label": 2}):
+        task = recipe.task.model_copy(update={"metrics": {str(tmp_path / "mine.py"): options}})
+        train = recipe.train | {"max_steps": 4, "metric_for_best_model": "mine", "greater_is_better": True}
+        measured = recipe.model_copy(update={"task": task, "train": train})
+        assert 0 <= run(measured, tmp_path / f"run-{options['average']}")["test_mine"] <= 1
+    wrong = measured.model_copy(update={"train": train | {"metric_for_best_model": "mne"}})
+    with pytest.raises(UserError, match="does not measure 'mne'; did you mean mine"):
+        run(wrong, tmp_path / "wrong")
+
+
 def test_more_tokens_than_positions(recipe, tmp_path):
     task = recipe.task.model_copy(update={"max_length": 65})
     with pytest.raises(UserError, match=r"task.max_length: 65, but the model has 64 positions"):

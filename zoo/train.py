@@ -6,7 +6,7 @@ run's `checkpoints/`, from which it resumes.
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.recipe import DEFAULT_TARGET_LENGTH, TASK_TYPES, Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
-from zoo.tasks.metrics import OURS, own_metrics
+from zoo.tasks.metrics import OURS, all_right, own_metrics
 from zoo.trainer import EventLog, WritingTrainer, ZooTrainer, newest_complete
 
 LOCK = ".lock"
@@ -62,7 +62,8 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         hub.check(recipe.hub.repo)
     task = task_of(recipe.task)
     arguments = training_arguments(recipe, output_dir)
-    _check_choice(arguments, recipe, task)
+    if not recipe.task.metrics:
+        _check_choice(arguments, task, task.metric_names)
     set_seed(arguments.seed)
     reset_peak_memory()
     processor = load_processor(recipe.model, task.processor)
@@ -258,12 +259,11 @@ def _refused(error: Exception) -> UserError:
     return UserError(f"train: refused by transformers: {next(iter(str(error).splitlines()), type(error).__name__)}")
 
 
-def _check_choice(arguments: TrainingArguments, recipe: Recipe, task: Task) -> None:
-    """Raises UserError where the best checkpoint is chosen by a metric that the task does not measure."""
+def _check_choice(arguments: TrainingArguments, task: Task, measured: Iterable[str]) -> None:
+    """Raises UserError where the best checkpoint is chosen by a metric that is not `measured`."""
     metric = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    known = ("loss", *task.metric_names)
-    # what the recipe's own metrics are called inside is not known before they have run
-    if metric not in known and not recipe.task.metrics:
+    known = ("loss", *measured)
+    if metric not in known:
         near = did_you_mean(metric, known) or f"; it is one of {', '.join(known)}"
         raise UserError(f"train.metric_for_best_model: {task.name} does not measure {metric!r}{near}")
 
@@ -309,6 +309,9 @@ def build_trainer(
     if task.loss is not None and train_rows is not None:
         rows = train_rows.rows if isinstance(train_rows, WithDraws) else train_rows
         loss = task.loss(recipe.task, rows["labels"], len(labels), arguments.label_smoothing_factor)
+    if recipe.task.metrics and eval_rows is not None:
+        # a recipe's own metrics say only when they run what they are called, and whether they take their options
+        _check_choice(arguments, task, measure(all_right(task, labels, eval_rows["labels"])))
     try:
         trainer = (trainer_class or (WritingTrainer if task.writes else ZooTrainer))(
             model=model,
