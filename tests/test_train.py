@@ -560,6 +560,20 @@ def test_options_that_fit_the_data_are_taken(recipe, tmp_path):
         run(wrong, tmp_path / "wrong")
 
 
+def test_flex_attention_that_cannot_train(recipe, tiny_bert, r8, tmp_path, monkeypatch):
+    keys = {"attn_implementation": "flex_attention", "config": {"hidden_dropout_prob": 0.0}}
+    if not torch.accelerator.is_available():
+        with pytest.raises(
+            UserError, match=r"model.attn_implementation: flex_attention cannot train on a CPU; use sdpa"
+        ):
+            run(make_recipe(tiny_bert, r8, **keys), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "device", torch.device("cuda"))
+        with pytest.raises(UserError, match=r"set model.config.attention_probs_dropout_prob: 0.0 \(it is 0.1\)"):
+            run(make_recipe(tiny_bert, r8, **keys), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == [], "the directory stays free"
+
+
 def test_more_tokens_than_positions(recipe, tmp_path):
     task = recipe.task.model_copy(update={"max_length": 65})
     with pytest.raises(UserError, match=r"task.max_length: 65, but the model has 64 positions"):

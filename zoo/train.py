@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from transformers import EvalPrediction, PreTrainedModel, Seq2SeqTrainingArguments, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+    set_seed,
+)
 
 from zoo import hub
 from zoo.card import card
@@ -37,6 +44,8 @@ _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
 )
 PUSHED = ".pushed.json"
+# what configs call the dropout of attention's weights
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
 
 
 def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:
@@ -312,6 +321,8 @@ def build_trainer(
     if recipe.task.metrics and eval_rows is not None:
         # a recipe's own metrics say only when they run what they are called, and whether they take their options
         _check_choice(arguments, task, measure(all_right(task, labels, eval_rows["labels"])))
+    if train_rows is not None:
+        _check_flex(model.config, arguments)
     try:
         trainer = (trainer_class or (WritingTrainer if task.writes else ZooTrainer))(
             model=model,
@@ -332,3 +343,17 @@ def build_trainer(
         return trainer
     except _REFUSALS as error:
         raise _refused(error) from error
+
+
+def _check_flex(config: PreTrainedConfig, arguments: TrainingArguments) -> None:
+    """Raises UserError where flex_attention, which says so at the first step only, cannot train a model."""
+    if config._attn_implementation != "flex_attention":
+        return
+    if arguments.device.type == "cpu":
+        raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use sdpa, or an accelerator")
+    for name in ATTENTION_DROPOUTS:
+        if getattr(config, name, 0.0):
+            raise UserError(
+                f"model.attn_implementation: flex_attention trains without dropout only; set model.config.{name}: 0.0 "
+                f"(it is {getattr(config, name)}), or use sdpa"
+            )
