@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from zoo.errors import Interrupted, RunError, UserError, unexpected
+from zoo.files import json_line
 from zoo.quiet import quiet_libraries
 
 DEBUG = "ZOO_DEBUG"  # set, tracebacks are shown
@@ -102,7 +103,7 @@ def list_(
         from zoo.catalogue import as_text, listed
 
         entries = listed(kind)
-        print(json.dumps(entries) if as_json else as_text(entries, details=kind is not None))
+        print(json_line(entries) if as_json else as_text(entries, details=kind is not None))
 
 
 @app.command()
@@ -122,7 +123,7 @@ def cp(
         from zoo.catalogue import copy_recipe
 
         copied = copy_recipe(name, file, overwrite)
-        print(json.dumps({"file": str(copied)}) if as_json else f"{copied}: run it with zoo train {copied}")
+        print(json_line({"file": str(copied)}) if as_json else f"{copied}: run it with zoo train {copied}")
 
 
 @app.command()
@@ -144,7 +145,7 @@ def validate(
 
         results = [validated(name) for name in recipes]
         if as_json:
-            print(json.dumps(results))
+            print(json_line(results))
         for result in [] if as_json else results:
             for problem in result["problems"]:
                 typer.secho(problem, err=True, fg="red")
@@ -263,11 +264,11 @@ def predict(
         if output is not None:
             count = prediction.write(answers, output)
             print(
-                json.dumps({"file": str(output), "count": count}) if as_json else f"{count} answers in {output}",
+                json_line({"file": str(output), "count": count}) if as_json else f"{count} answers in {output}",
                 file=answer,
             )
         elif as_json:
-            print(json.dumps(list(answers), ensure_ascii=False), file=answer)
+            print(json_line(list(answers)), file=answer)
         else:
             for line in prediction.in_lines(answers):
                 print(line, file=answer)
@@ -296,7 +297,7 @@ def push(
 
         pushed = hub.push(directory, repo, private, branch, dry_run)
         if as_json:
-            print(json.dumps(pushed), file=answer)
+            print(json_line(pushed), file=answer)
             return
         if dry_run:
             for name, size in pushed["files"].items():
@@ -331,7 +332,7 @@ def serve(
 
         def say(address: str) -> None:
             if as_json:
-                print(json.dumps({"address": address, "directory": str(directory)}), file=answer, flush=True)
+                print(json_line({"address": address, "directory": str(directory)}), file=answer, flush=True)
 
         run(directory, host, port, owner, say)
 
@@ -350,7 +351,7 @@ def doctor(as_json: AsJson = False) -> None:
 
         findings = examine()
         if as_json:
-            print(json.dumps([asdict(finding) for finding in findings]), file=answer)
+            print(json_line([asdict(finding) for finding in findings]), file=answer)
         for finding in [] if as_json else findings:
             print(f"{'!' if finding.problem else ' '} {finding.name:<16} {finding.value}")
             if finding.problem:
@@ -386,7 +387,7 @@ def baseline(
 
         found = run(loaded, split)
         if as_json:
-            print(json.dumps(found), file=answer)
+            print(json_line(found), file=answer)
             return
         width = max(map(len, found))
         for name, metrics in found.items():
@@ -500,7 +501,7 @@ def bench_generate(
         from zoo.bench import generation
 
         result = generation.run(family, rounds, new_tokens)
-        print(json.dumps(result) if as_json else generation.table(result), file=answer)
+        print(json_line(result) if as_json else generation.table(result), file=answer)
 
 
 def _bench(
@@ -514,15 +515,15 @@ def _bench(
     setting = replace(setting, dropout=not no_dropout)
     if profile:
         shares = training.profile(setting, max_length or [], steps)
-        print(json.dumps(shares) if as_json else training.profile_table(shares), file=answer)
+        print(json_line(shares) if as_json else training.profile_table(shares), file=answer)
     else:
         result = training.run(setting, max_length or [], rounds, steps)
-        print(json.dumps(result) if as_json else training.table(result), file=answer)
+        print(json_line(result) if as_json else training.table(result), file=answer)
 
 
 def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, directory: Path) -> None:
     if as_json:
-        print(json.dumps({"directory": str(directory), **metrics}), file=answer)
+        print(json_line({"directory": str(directory), **metrics}), file=answer)
         return
     from rich.console import Console
 

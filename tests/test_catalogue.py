@@ -1,6 +1,7 @@
 """What is listed is what there is; copies and checks of recipes; the schema that editors read."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -124,6 +125,15 @@ def wrong(tmp_path) -> Path:
     text = shipped_recipes()["bert/finetune-topics"].read_text()
     (tmp_path / "wrong.yaml").write_text(text.replace("learning_rate:", "learning_rat:"))
     return tmp_path / "wrong.yaml"
+
+
+def test_infinity_is_a_word(tmp_path):
+    text = shipped_recipes()["bert/finetune-topics"].read_text().rstrip()
+    (tmp_path / "r.yaml").write_text(f"{text}\n  max_grad_norm: .inf\n")
+    assert load_recipe(str(tmp_path / "r.yaml")).train["max_grad_norm"] == math.inf
+    done = zoo("validate", str(tmp_path / "r.yaml"), "--json")
+    (result,) = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert result["values"]["train.max_grad_norm"]["value"] == ".inf"
 
 
 def test_validated_tells_where_each_value_comes_from(wrong):

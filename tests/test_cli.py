@@ -124,6 +124,34 @@ def test_one_json_object(folder):
     assert code == 0 and f"{answer['eval_accuracy']:.4f}" in out and "validation_accuracy" in out
 
 
+def test_numbers_that_json_has_no_word_for(folder):
+    (folder / "mine.py").write_text("""
+import datasets
+import evaluate
+
+
+class Mine(evaluate.Metric):
+    def _info(self):
+        features = {name: datasets.Value("int64") for name in ("predictions", "references")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(features))
+
+    def _compute(self, predictions, references):
+        return {"undefined": float("nan"), "endless": float("inf")}
+""")
+    metric = "task.metrics={./mine.py: {}}"
+    train = ["train", "tiny.yaml", "train.max_steps=4", metric]
+    for command in (train, [*train, "--resume"], ["evaluate", "runs/tiny", "--trust-remote-code"]):
+        code, out, err = zoo(*command, "--json", cwd=folder)
+        assert code == 0, err
+        answer = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+        assert answer["test_undefined"] is None and answer["test_endless"] is None and answer["test_loss"] > 0
+    for file in ("metrics.json", "events.jsonl"):
+        for line in (folder / "runs" / "tiny" / file).read_text().splitlines():
+            assert "NaN" not in line and "Infinity" not in line
+    code, out, err = zoo(*train, "--resume", cwd=folder)
+    assert code == 0 and "nan" in out
+
+
 def test_predict(folder):
     code, out, err = zoo("train", "tiny.yaml", "train.max_steps=4", cwd=folder)
     assert code == 0, err

@@ -69,7 +69,7 @@ def test_an_answer_that_is_no_number(copy):
         list(zoo.prediction.run(copy, [TEXT]))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', '{"peak_memory_bytes": "x"}', "[" * 100_000])
 def test_metrics_that_are_damaged(topics_run, copy, content):
     (copy / "metrics.json").write_text(content)
     topics = recipe(Path("x"), RUNS["one label"][0], files(topics_run.parent, "topics"), max_steps=3)

@@ -1,6 +1,7 @@
 """Several seeds: their runs, their mean and its interval, and that nothing is trained twice."""
 
 import json
+import math
 
 import pytest
 from scipy import stats
@@ -76,3 +77,9 @@ def test_seeds_that_make_no_sense(tmp_path, keys, says):
     with pytest.raises(UserError) as caught:
         load_recipe(str(tmp_path / "r.yaml"))
     assert says in str(caught.value)
+
+
+def test_what_is_not_finite_and_what_one_run_lacks():
+    found = summary([{"test_a": math.nan, "test_b": 1.0}, {"test_a": 1.0}])
+    assert found.keys() == {"seeds", "test_a_mean", "test_a_low", "test_a_high"}
+    assert all(math.isnan(found[name]) for name in ("test_a_mean", "test_a_low", "test_a_high"))

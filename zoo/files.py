@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,8 +40,23 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
 
 
+def finite(value: Any, instead: Callable[[float], Any] = lambda number: None) -> Any:
+    """The value with something else, at any depth, for the numbers that JSON has no word for: inf and nan."""
+    if isinstance(value, dict):
+        return {key: finite(below, instead) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(below, instead) for below in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_line(value: Any) -> str:
+    """JSON that every reader takes, in ASCII: a number that is not finite is null."""
+    return json.dumps(finite(value), allow_nan=False)
+
+
 def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """The same in a file, for people too."""
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,11 +1,13 @@
 """What a finished run leaves: how its directory is written so that it is whole or not there, and opened again."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +83,18 @@ def has_variant(model) -> bool:
 
 
 def read_metrics(directory: Path) -> dict[str, Any]:
+    """What `save` has written of them; null was a number that is not finite. Raises UserError."""
+    file = directory / METRICS
     try:
-        metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / METRICS}: cannot be read: {error}; the run's result is damaged") from error
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; the run's result is damaged") from error
     if not isinstance(metrics, dict):
-        raise UserError(f"{directory / METRICS}: holds no mapping; the run's result is damaged")
-    return metrics
+        raise UserError(f"{file}: holds no mapping; the run's result is damaged")
+    for name, value in metrics.items():
+        if not isinstance(value, Real | None):
+            raise UserError(f"{file}: {name} is {str(value)[:60]!r}, and no number; the run's result is damaged")
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def check_finished(directory: Path) -> None:

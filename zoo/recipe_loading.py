@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from zoo.errors import Keys, Problems, UserError, did_you_mean, shown
+from zoo.files import finite
 from zoo.library_schema import LibraryField, library_fields
 from zoo.recipe import TASK_TYPES, Recipe, Section, leaves, plain
 from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_file, read_override
@@ -107,12 +108,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def validated(name_or_path: str) -> dict[str, Any]:
-    """What `load_recipe` says of a recipe: `valid`, its `problems`, and its `values` with the origin of each."""
+    """What `load_recipe` says of a recipe: `valid`, its `problems`, and its `values` with the origin of each.
+
+    Of the values JSON has no word for infinity: they are the strings that YAML reads as such, ".inf" and "-.inf".
+    """
     try:
         recipe = load_recipe(name_or_path)
     except UserError as error:
         return {"recipe": name_or_path, "valid": False, "problems": str(error).splitlines(), "values": {}}
-    values = {key: {"value": value, "origin": recipe.origins[key]} for key, value in leaves(plain(recipe)).items()}
+    written = finite(leaves(plain(recipe)), lambda number: ".inf" if number > 0 else "-.inf")
+    values = {key: {"value": value, "origin": recipe.origins[key]} for key, value in written.items()}
     return {"recipe": name_or_path, "valid": True, "problems": [], "values": values}
 
 

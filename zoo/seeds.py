@@ -1,5 +1,6 @@
 """A recipe with `seeds`: one run each, and what they say together."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,9 +52,12 @@ def _of_seed(recipe: Recipe, seed: int) -> Recipe:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`<metric>_mean`, and the bounds `_low` and `_high` of its 95 % confidence interval (Student's t, n - 1)."""
+    """`<metric>_mean`, and the bounds `_low` and `_high` of its 95 % confidence interval (Student's t, n - 1).
+
+    Of the metrics that every run has.
+    """
     result: dict[str, Any] = {"seeds": len(runs)}
-    for name in runs[0]:
+    for name in (name for name in runs[0] if all(name in metrics for metrics in runs)):
         values = [float(metrics[name]) for metrics in runs]
         mean = statistics.fmean(values)
         result[f"{name}_mean"] = mean
@@ -65,5 +69,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def interval(values: Sequence[float]) -> float:
     """Half the width of the 95 % confidence interval of the mean."""
+    if not all(map(math.isfinite, values)):
+        return math.nan  # statistics has no answer for them
     error = statistics.stdev(values) / len(values) ** 0.5
     return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error)

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zoo.data import WithDraws
 from zoo.errors import RunError
-from zoo.files import sha256, write_json
+from zoo.files import json_line, sha256, write_json
 from zoo.interrupts import StopAtCheckpoint
 from zoo.loading import assert_same_adapter, assert_same_weights
 
@@ -285,8 +285,7 @@ class EventLog(TrainerCallback):
         self.path = path
 
     def write(self, phase: str, step: int, values: dict[str, Any]) -> None:
-        finite = {key: value if _is_finite(value) else None for key, value in values.items()}
-        line = json.dumps({"time": time.time(), "step": step, "phase": phase, "values": finite})
+        line = json_line({"time": time.time(), "step": step, "phase": phase, "values": values})
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -307,7 +306,3 @@ class EventLog(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.write("end", state.global_step, {})
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
