@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import SERVER, checkpoints, differing, make_recipe, weights, without_time
+from tests.tiny_run import SERVER, checkpoints, differing, make_recipe, weights, without_time
 from zoo.errors import UserError
 from zoo.model_directory import check_finished, open_finished
 from zoo.train import run

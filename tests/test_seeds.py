@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 import zoo.evaluation
-from tests.test_train import make_recipe
+from tests.tiny_run import make_recipe
 from zoo.errors import UserError
 from zoo.recipe_loading import load_recipe
 from zoo.seeds import interval, run, summary
