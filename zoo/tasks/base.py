@@ -25,7 +25,7 @@ LOWER_IS_BETTER = ("mse", "mae", "perplexity", "calibration_error")
 
 # columns of encoded rows that are counted before training, and never reach a batch
 COUNTED = ("truncated", "unknown", "tokens", "width", "height", "targets_cut")
-# families whose first token stands behind the position of padding
+# families whose first token stands behind the position of check_padding
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
 
@@ -148,7 +148,7 @@ def check_length(section: TaskSection, model: PreTrainedModel) -> None:
         raise UserError(f"task.max_length: {section.max_length}, but the model has {positions} positions")
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError for a tokenizer that cannot pad."""
     if tokenizer.pad_token is None:
         raise UserError("model: its tokenizer has no padding token; save it with one (tokenizer.pad_token = ...)")

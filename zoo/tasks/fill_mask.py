@@ -10,7 +10,18 @@ from transformers import DataCollatorForTokenClassification, EvalPrediction, Pre
 
 from zoo.errors import UserError
 from zoo.recipe import DEFAULT_MLM_PROBABILITY, TASK_TYPES, TaskSection
-from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, ask_text, check_length, cut, padding, token_counts
+from zoo.tasks.base import (
+    IGNORED,
+    Collate,
+    Rows,
+    Task,
+    arrays,
+    ask_text,
+    check_length,
+    check_padding,
+    cut,
+    token_counts,
+)
 
 # of the chosen tokens: hidden, replaced by any other, and the rest left as they are
 HIDDEN, REPLACED = 0.8, 0.1
@@ -45,7 +56,7 @@ def masked(
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
-    padding(tokenizer)
+    check_padding(tokenizer)
     if tokenizer.mask_token is None:
         raise UserError("model: its tokenizer has no mask token, so it cannot learn to fill one")
     pad = DataCollatorForTokenClassification(tokenizer)

@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, Pipeline, PreTrainedTokenizerBase
 
 from zoo.recipe import DEFAULT_TARGET_LENGTH, TASK_TYPES, TaskSection
-from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, cut, padding, token_counts
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_padding, cut, token_counts
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -43,7 +43,7 @@ def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
-    padding(tokenizer)
+    check_padding(tokenizer)
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     return lambda rows: dict(pad(rows))
 

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedToke
 
 from zoo.labels import LABEL_KINDS
 from zoo.recipe import DEFAULT_THRESHOLD, TASK_TYPES, TaskSection
-from zoo.tasks.base import Collate, Records, Rows, Table, Task, arrays, check_length, cut, padding, token_counts
+from zoo.tasks.base import Collate, Records, Rows, Table, Task, arrays, check_length, check_padding, cut, token_counts
 from zoo.tasks.classification import (
     ONE_METRICS,
     one_answer,
@@ -40,7 +40,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
-    padding(tokenizer)
+    check_padding(tokenizer)
     pad = DataCollatorWithPadding(tokenizer)
     return lambda rows: dict(pad(rows))
 

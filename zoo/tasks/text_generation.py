@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
 from zoo.recipe import TASK_TYPES, TaskSection
-from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, padding
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, check_padding
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
@@ -42,7 +42,7 @@ def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
-    padding(tokenizer)
+    check_padding(tokenizer)
     # labels end where their text does, whatever id pads it
     pad = DataCollatorForTokenClassification(tokenizer)
     return lambda rows: dict(pad(rows))

@@ -17,8 +17,8 @@ from zoo.tasks.base import (
     Task,
     arrays,
     check_length,
+    check_padding,
     cut,
-    padding,
     token_counts,
 )
 from zoo.tasks.spans import scores
@@ -39,7 +39,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
-    padding(tokenizer)
+    check_padding(tokenizer)
     pad = DataCollatorForTokenClassification(tokenizer)
     return lambda rows: dict(pad(rows))
 
