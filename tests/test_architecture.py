@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "files", "memory", "quiet", "metrics", "report", "sizes"},
     {"service", "hub_errors"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
-    {"models", "labels", "interrupts", "images"},
+    {"models", "labels", "interrupts", "images", "checkpoints"},
     {"fresh"},
     {"loading", "data", "tasks"},
     {"trainer"},

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_run import SERVER, checkpoints, differing, make_recipe, weights, without_time
+from zoo.checkpoints import newest_complete
 from zoo.errors import UserError
 from zoo.model_directory import check_finished, open_finished
 from zoo.train import run
-from zoo.trainer import newest_complete
 
 KILLS = 50
 STEPS, SAVE = 40, 4

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import zoo.evaluation
 from tests.tiny_run import SAVE, SERVER, STEPS, checkpoints, differing, events, make_recipe, weights, without_time
-from zoo.errors import Interrupted
+from zoo.checkpoints import mark_complete, newest_complete
+from zoo.errors import Interrupted, RunError, UserError
 from zoo.recipe import Recipe
 from zoo.train import run
-from zoo.trainer import ZooTrainer, newest_complete
+from zoo.trainer import ZooTrainer
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,86 @@ def test_older_checkpoints_go_only_when_the_new_one_is_complete(recipe, tmp_path
     plain = {"max_steps": 8, "eval_strategy": "no", "save_steps": 2, "load_best_model_at_end": False}
     run(recipe.model_copy(update={"train": recipe.train | plain}), tmp_path / "run")
     assert seen == [(1, 1), (2, 2), (3, 2), (3, 2)]
+
+
+# Damaged by somebody
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path) -> Path:
+    """All of a run but its end."""
+    directory = shutil.copytree(finished, tmp_path / "unfinished")
+    (directory / "metrics.json").unlink()
+    return directory
+
+
+def forge(checkpoint: Path, name: str, content: str | None) -> None:
+    """Replaces a file of a checkpoint, or removes it, and marks it complete as it then is."""
+    (checkpoint / name).unlink()
+    if content is not None:
+        (checkpoint / name).write_text(content)
+    (checkpoint / "complete.json").unlink()
+    mark_complete(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "recipe.yaml", "metrics.json", "checkpoints"])
+def test_a_directory_in_the_place_of_a_file(recipe, unfinished, name):
+    path, says = unfinished / name, f"{name} is a directory, where a run has a file; move it away"
+    if name == "checkpoints":
+        says = "checkpoints is a file, where a run has a directory; move it away"
+        shutil.rmtree(path)
+        path.touch()
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    with pytest.raises(UserError, match=says):
+        run(recipe, unfinished, resume=True)
+    if name in ("recipe.yaml", "metrics.json"):
+        with pytest.raises(UserError, match=f"not a finished run .*no {name}"):
+            zoo.evaluation.run(unfinished)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{}", '{"files": {}}', '{"files": [1]}', '{"files": {"config.json": 5}}', "[" * 100_000]
+)
+def test_marks_that_are_none(unfinished, content):
+    newest = checkpoints(unfinished)[STEPS]
+    (newest / "complete.json").write_text(content)
+    found = newest_complete(unfinished / "checkpoints")
+    assert found is not None and found != newest and not newest.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress.json"]
+)
+def test_a_checkpoint_without_a_part_is_not_complete(recipe, finished, unfinished, capsys, name):
+    """The stock Trainer would go on with a new optimizer, schedule or random state, and say nothing."""
+    forge(checkpoints(unfinished)[STEPS], name, None)
+    metrics = run(recipe, unfinished, resume=True)
+    assert f"checkpoint-{STEPS} is not complete" in capsys.readouterr().out
+    assert without_time(metrics) == without_time(json.loads((finished / "metrics.json").read_text()))
+    assert differing(weights(unfinished), weights(finished)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("trainer_state.json", "{"), ("trainer_state.json", "[1]"), ("trainer_state.json", "{}")),
+        *(("progress.json", "[1]"), ("progress.json", '{"loss_since_logged": "much"}')),
+        *(("optimizer.pt", "x"), ("scheduler.pt", "x"), ("rng_state.pth", "x"), ("model.safetensors", "x")),
+    ],
+)
+def test_parts_that_cannot_be_read(recipe, unfinished, name, content):
+    shutil.rmtree(checkpoints(unfinished)[STEPS])
+    ((step, checkpoint),) = checkpoints(unfinished).items()
+    forge(checkpoint, name, content)
+    with pytest.raises(RunError, match=rf"checkpoint-{step}: the run cannot continue from it: .*; delete it, and"):
+        run(recipe, unfinished, resume=True)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_the_best_checkpoint_is_missed_before_the_end(recipe, unfinished, gone):
+    best = next(path for step, path in checkpoints(unfinished).items() if step != STEPS)
+    shutil.rmtree(best) if gone else (best / "model.safetensors").write_text("x")
+    with pytest.raises(RunError, match=rf"{best.name}: the best checkpoint so far is missing or damaged; put it back"):
+        run(recipe, unfinished, resume=True)

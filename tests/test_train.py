@@ -19,13 +19,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import zoo.evaluation
 from tests.tiny_run import SAVE, SERVER, STEPS, TRAIN_ROWS, differing, events, make_recipe, weights, without_time
+from zoo.checkpoints import newest_complete
 from zoo.data import load_splits
 from zoo.errors import RunError, UserError
 from zoo.loading import load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
 from zoo.train import build_trainer, encoded, run
-from zoo.trainer import ZooTrainer, newest_complete
+from zoo.trainer import ZooTrainer
 
 
 @pytest.fixture(scope="module")

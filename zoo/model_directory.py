@@ -13,13 +13,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zoo.checkpoints import writing
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
 from zoo.loading import Processor, assert_same_weights, fit_images, load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.tasks import Task, task_of
-from zoo.trainer import writing
 
 METRICS = "metrics.json"
 NEW = ".model-"
@@ -101,7 +101,7 @@ def check_finished(directory: Path) -> None:
     """Raises UserError unless zoo train has finished in `directory`."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give one that zoo train has made")
-    missing = [name for name in (RECIPE, METRICS) if not (directory / name).exists()]
+    missing = [name for name in (RECIPE, METRICS) if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory}: not a finished run (no {' and no '.join(missing)}); finish it with --resume")
     if not (directory / "config.json").exists():

@@ -24,6 +24,7 @@ from transformers import (
 
 from zoo import hub
 from zoo.card import card
+from zoo.checkpoints import STATE, newest_complete
 from zoo.data import Splits, WithDraws, load_splits, room_in_cache
 from zoo.environment import environment
 from zoo.errors import UserError, did_you_mean
@@ -35,8 +36,10 @@ from zoo.recipe import DEFAULT_TARGET_LENGTH, TASK_TYPES, Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, all_right, own_metrics
-from zoo.trainer import EventLog, WritingTrainer, ZooTrainer, newest_complete
+from zoo.trainer import EventLog, WritingTrainer, ZooTrainer
 
+CHECKPOINTS = "checkpoints"
+EVENTS = "events.jsonl"
 LOCK = ".lock"
 # of the train section: numbers that make no sense below 1
 _AT_LEAST_ONE = (
@@ -94,7 +97,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
             print(f"{name}: {note}")
     trainer = build_trainer(recipe, task, model, processor, arguments, splits.labels, rows["train"], rows["validation"])
     checkpoint = _claim(recipe, output_dir, arguments)
-    events = EventLog(output_dir / "events.jsonl")
+    events = EventLog(output_dir / EVENTS)
     trainer.add_callback(events)
     trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(trained.metrics)
@@ -161,6 +164,11 @@ def check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
     """Refuses a directory that holds something else, or that cannot be made."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir}: a file of that name exists")
+    for name in (RECIPE, EVENTS, METRICS, CHECKPOINTS):
+        path, kinds = output_dir / name, ("a directory", "a file")
+        if path.exists() and path.is_dir() != (name == CHECKPOINTS):
+            is_, wanted = kinds if path.is_dir() else kinds[::-1]
+            raise UserError(f"--output-dir {output_dir}: {name} is {is_}, where a run has {wanted}; move it away")
     old = output_dir / RECIPE
     # folders without a file in them are what a refused recipe has left
     if any(not path.is_dir() and not _is_ours(path) for path in output_dir.rglob("*")):
@@ -219,7 +227,7 @@ def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Pa
         write_text(output_dir / RECIPE, recipe.to_yaml())
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
-    checkpoint = newest_complete(output_dir / "checkpoints")
+    checkpoint = newest_complete(output_dir / CHECKPOINTS, () if arguments.save_only_model else STATE)
     if checkpoint is not None and arguments.save_only_model:
         raise UserError(
             f"train.save_only_model: {checkpoint} holds no optimizer, so the run cannot continue; delete {output_dir}"
@@ -253,9 +261,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     if writes:
         defaults["predict_with_generate"] = True
     try:
-        return made(
-            output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **(defaults | recipe.train)
-        )
+        return made(output_dir=str(output_dir / CHECKPOINTS), remove_unused_columns=False, **(defaults | recipe.train))
     except (*_REFUSALS, OSError, AttributeError) as error:
         raise _refused(error) from error
 

@@ -1,32 +1,25 @@
 """transformers' Trainer, made right for renamed weights and safe to interrupt."""
 
-import contextlib
 import json
 import math
 import os
-import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from zoo.checkpoints import PROGRESS, is_complete, mark_complete, writing
 from zoo.data import WithDraws
 from zoo.errors import RunError
-from zoo.files import json_line, sha256, write_json
+from zoo.files import json_line, write_json
 from zoo.interrupts import StopAtCheckpoint
 from zoo.loading import assert_same_adapter, assert_same_weights
-
-COMPLETE = "complete.json"
-PROGRESS = "progress.json"
 
 
 class ZooTrainer(Trainer):
@@ -45,11 +38,17 @@ class ZooTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(_Begin(self))
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self.started = 0.0
         try:
             with StopAtCheckpoint() as stop:
                 self.add_callback(stop)
-                return super().train(*args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if resume_from_checkpoint is None or self.started:
+                raise
+            # it has not begun: all that was read until here is the checkpoint
+            raise _no_way_on(resume_from_checkpoint, error) from error
         finally:
             self.remove_callback(stop)
             # of a run that ends early: what is said about that is the last line
@@ -114,17 +113,25 @@ class ZooTrainer(Trainer):
         best = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         if best.is_dir():
             self.state.best_model_checkpoint = str(best)
+        if self.args.load_best_model_at_end and self.state.best_global_step and not is_complete(best):
+            raise RunError(f"{best}: the best checkpoint so far is missing or damaged; put it back, or train anew")
         return done
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:
+            raise _no_way_on(str(checkpoint), error) from error
 
     def begin(self) -> None:
         """Before the first step: sums go on from where a resumed run had them."""
-        self.started = time.time()
         if self.resumed_from is not None:
             progress = json.loads((self.resumed_from / PROGRESS).read_text())
             self._tr_loss.fill_(progress["loss_since_logged"])
-            self._total_loss_scalar = progress["loss_logged"]
-            self._globalstep_last_logged = progress["step_logged"]
-            self.seconds_before = progress["seconds"]
+            self._total_loss_scalar = float(progress["loss_logged"])
+            self._globalstep_last_logged = int(progress["step_logged"])
+            self.seconds_before = float(progress["seconds"])
+        self.started = time.time()
 
     def _get_eval_sampler(self, eval_dataset):
         # predictions stand in the order of the rows, also where training groups them by length
@@ -212,14 +219,14 @@ class _GroupedByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Words for a full disk or a directory that is gone. torch and safetensors have their own errors for it."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(f"{path}: cannot be written: {cause}; make room there, and continue with --resume") from error
+def _no_way_on(checkpoint: str, error: Exception) -> RunError:
+    """Of a checkpoint whose hashes are right: it was written so, by other versions of the libraries for one."""
+    if isinstance(error, RunError):
+        return error
+    cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return RunError(
+        f"{checkpoint}: the run cannot continue from it: {cause}; delete it, and --resume takes the one before"
+    )
 
 
 def _restore(model, directory: Path) -> None:
@@ -238,40 +245,6 @@ def _assert_same(model, directory: Path) -> None:
         assert_same_adapter(model, directory)
     else:
         assert_same_weights(model, directory, whole=True)
-
-
-def mark_complete(directory: Path) -> None:
-    """Writes complete.json: the size and sha256 of every file of a checkpoint."""
-    files = {
-        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
-    write_json(directory / COMPLETE, {"files": files})
-
-
-def newest_complete(run_dir: Path) -> Path | None:
-    """The latest checkpoint whose files are all as they were when it was marked complete; broken ones are removed."""
-    numbered = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+")
-    found = [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if numbered.fullmatch(path.name)]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if _is_complete(checkpoint):
-            return checkpoint
-        print(f"{checkpoint} is not complete (the run was stopped while writing it); it is removed")
-        # a file, or a link, of that name is not followed
-        shutil.rmtree(checkpoint) if checkpoint.is_dir() and not checkpoint.is_symlink() else checkpoint.unlink()
-    return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        files = json.loads((checkpoint / COMPLETE).read_text())["files"]
-        return bool(files) and all(
-            (checkpoint / name).stat().st_size == file["size"] and sha256(checkpoint / name) == file["sha256"]
-            for name, file in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 class EventLog(TrainerCallback):
