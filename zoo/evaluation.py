@@ -8,15 +8,16 @@ from typing import Any
 
 from zoo.data import load_splits
 from zoo.errors import UserError
+from zoo.loading import set_generation
 from zoo.model_directory import open_finished
-from zoo.recipe import Recipe
+from zoo.recipe import TASK_TYPES, Recipe
 from zoo.tasks.metrics import OURS
 from zoo.train import build_trainer, encoded, training_arguments
 
 # what an evaluation reads of a recipe besides `data`; the rest would be ignored
 _READ = (
-    *("task.max_length", "task.threshold", "task.metrics"),
-    *("model.implementation", "model.ragged", "model.attn_implementation", "train"),
+    *("task.max_length", "task.threshold", "task.metrics", "task.image_size"),
+    *("model.implementation", "model.ragged", "model.attn_implementation", "train", "generate"),
 )
 
 
@@ -47,6 +48,8 @@ def run(
             "add --trust-remote-code, or leave them out with task.metrics={}"
         )
     task.check(recipe.task, finished.model)
+    if TASK_TYPES[task.name].generates:
+        set_generation(finished.model, {}, recipe.generate)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(_only_evaluating(recipe), Path(scratch))
         splits = load_splits(recipe.data, task.roles, arguments.seed, finished.labels, task.labels)
@@ -67,7 +70,7 @@ def _other_data(data: str, split: str) -> list[str]:
     return [
         f"data.path={json.dumps(data)}",
         *("data.files={}", "data.options={}", "data.format=null", "data.name=null", "data.revision=null"),
-        "data.limit=null",
+        *("data.limit=null", "data.test=null"),
         f"data.splits={json.dumps(splits)}",
     ]
 
