@@ -1,14 +1,21 @@
 """The bench compares like with like: the same rows, the same start, the same mathematics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import zoo.bench.training
 from tests.conftest import read_r8, write_csv
+from zoo.bench import generation, settings
 from zoo.bench.settings import Setting, of_recipe
 from zoo.bench.training import SIDES, Subject, _start, _trainer, profile, profile_table, run, table
 from zoo.errors import UserError
+from zoo.fresh import fresh_config, recipe_config
+from zoo.models import ZooGPT2LMHeadModel
 from zoo.recipe import Recipe
+from zoo.recipe_loading import load_recipe
+from zoo.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +104,68 @@ def test_few_rows_are_enough(recipe, tmp_path):
     with _trainer(subject, "native", 0, 2):
         pass
     assert zoo.bench.training._turn(subject, "native", "evaluation", 0, 2)["samples_per_second"] > 0
+
+
+# By name
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "distilbert", "gpt2", "t5"])
+def test_settings_of_each_family(family):
+    """In six layers of width 384, on the data and the objective that they name."""
+    tuned, trained = settings.finetuning(family, ["train.seed=7"]), settings.pretraining(family)
+    assert tuned.recipe.task.type == "text-classification" and tuned.recipe.train["seed"] == 7
+    expected = {"gpt2": "text-generation", "t5": "summarization"}.get(family, "fill-mask")
+    assert trained.recipe.task.type == expected and trained.full_rows == (family == "gpt2")
+    for recipe in (tuned.recipe, trained.recipe):
+        config = recipe_config(recipe.model, recipe.model.config, None)
+        assert config.model_type == f"zoo_{family}" and (config.num_hidden_layers, config.hidden_size) == (6, 384)
+
+
+def test_a_bench_of_full_rows_and_of_images(tiny_bert, r8, monkeypatch):
+    monkeypatch.setattr(zoo.bench.training, "matrix_product_rate", lambda: 1e11)
+    fields = {
+        "name": "gpt",
+        "model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+                  "tokenizer": str(tiny_bert)},
+        "task": {"type": "text-generation", "max_length": 64},
+        "data": {"path": str(r8), "files": {"train": "train.csv"}},
+        "train": {"per_device_train_batch_size": 2},
+    }  # fmt: skip
+    setting = Setting(Recipe.model_validate(fields), ("shuffled",), full_rows=True, probe_steps=2)
+    (entry,) = run(setting, [], rounds=1, steps=2)["results"]
+    assert entry["max_length"] == 64 and entry["loss_difference_without_dropout"] < 1e-4
+    digits = load_recipe("vit/train-digits", ["model.config.num_hidden_layers=1", "data.limit=400"])
+    result = run(replace(of_recipe(digits), probe_steps=2), [], rounds=1, steps=2)
+    (entry,) = result["results"]
+    assert list(entry["kinds"]) == ["shuffled", "evaluation"] and "| images | shuffled |" in table(result)
+
+
+def test_what_a_row_costs(tiny_bert, r8):
+    """GPT-2's published count of training operations, by the reference: 6 N + 12 L d s a token."""
+    config = fresh_config("gpt2")
+    subject = Subject.__new__(Subject)
+    subject.lengths, subject.targets, subject.task = [1024], None, TASKS["text-generation"][0]
+    with torch.device("meta"):
+        model = ZooGPT2LMHeadModel(config)
+    weights = 12 * 12 * 768 * 768 + 50257 * 768
+    per_token = 2 * weights + 4 * 12 * 768 * 1024
+    assert subject.operations(0, model) == 1024 * per_token
+
+
+def test_generation_is_timed_beside_its_floor(monkeypatch):
+    monkeypatch.setitem(generation.SHAPES, "gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 99})
+    monkeypatch.setitem(generation.SHAPES, "t5", {"num_layers": 2, "d_model": 32, "num_heads": 4, "vocab_size": 99})
+    monkeypatch.setattr(
+        generation, "CASES", {name: [generation.Case(name.upper(), (3, 5, 9))] for name in ("gpt2", "t5")}
+    )
+    for family in ("gpt2", "t5"):
+        result = generation.run(family, rounds=1, new_tokens=4)
+        (entry,) = result["results"]
+        times = entry["milliseconds_a_step"]
+        assert (
+            entry["ratio"] == pytest.approx(times["official"] / times["native"])
+            and 0 < times["floor"] < times["native"]
+        )
+        assert "3 prompts of 3 to 9 tokens" in generation.table(result)
+    with pytest.raises(UserError, match="--family bert: generates nothing"):
+        generation.run("bert", 1, 4)

@@ -56,10 +56,10 @@ def pretraining(family: str, overrides: Sequence[str] = ()) -> Setting:
     """Masked words for the encoders, the next word for GPT on rows without padding, headlines of news for T5."""
     model = [f"model.tokenizer={TOKENIZER}", _model(family)]
     if family in ENCODERS:
-        task = ["task={type: fill-mask}", "task.max_length=128", "data.columns={text: Text}", "model.path=null"]
-        return Setting(
-            load_recipe("bert/finetune-topics", [*task, "train.metric_for_best_model=loss", *model, *overrides])
-        )
+        # an empty mapping replaces, another is merged
+        task = ["task={}", "task={type: fill-mask, max_length: 128}", "data.columns={}", "data.columns={text: Text}"]
+        task += ["train.metric_for_best_model=loss", "model.path=null"]
+        return Setting(load_recipe("bert/finetune-topics", [*task, *model, *overrides]))
     if family == "gpt2":
         rows = ["task.max_length=1024", "train.per_device_train_batch_size=2"]
         recipe = load_recipe("gpt2/pretrain-news", [*rows, *model, *overrides])

@@ -1,0 +1,91 @@
+"""Baselines: what they must come to, by hand or by the library itself."""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from transformers import AutoTokenizer
+
+from tests.commands import zoo
+from tests.conftest import read_r8
+from tests.test_runs import write_jsonl
+from zoo.baselines import run
+from zoo.errors import UserError
+from zoo.recipe import Recipe
+from zoo.recipe_loading import load_recipe
+
+
+def recipe(folder, task: dict, **model) -> Recipe:
+    files = {split: f"{split}.jsonl" for split in ("train", "test")}
+    return Recipe.model_validate(
+        {"name": "x", "model": model or {"path": "none"}, "task": task, "data": {"path": str(folder), "files": files}}
+    )
+
+
+def test_classes_of_texts(tmp_path):
+    rows = {split: read_r8(split, count) for split, count in (("train", 300), ("test", 100))}
+    for split, pairs in rows.items():
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text, "label": label} for text, label in pairs])
+    found = run(recipe(tmp_path, {"type": "text-classification"}))
+    counts = Counter(label for _, label in rows["train"])
+    largest = max(counts, key=lambda label: counts[label])
+    share = sum(label == largest for _, label in rows["test"]) / 100
+    assert found["the largest class"]["accuracy"] == pytest.approx(share)
+    assert found["logistic regression of TF-IDF"]["accuracy"] > max(0.8, share)
+
+
+def test_classes_of_images():
+    found = run(load_recipe("vit/train-digits"))
+    assert len(load_digits().target) == 1797
+    assert found["the largest class"]["accuracy"] < 0.12
+    assert 0.9 < found["logistic regression of pixels"]["accuracy"] < 1
+
+
+def test_the_lead_sentence(tmp_path):
+    train = [{"text": "Prices rose. Oil fell.", "summary": "a b c"}] * 12
+    write_jsonl(tmp_path / "train.jsonl", train)
+    test = [{"text": "The price of oil rose! Nobody knows why.", "summary": "The price of oil rose"}]
+    write_jsonl(tmp_path / "test.jsonl", test)
+    found = run(recipe(tmp_path, {"type": "summarization"}))
+    assert found["the lead sentence"] == pytest.approx({"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0})
+    # "The price of": precision 1, recall 3/5 and 2/4
+    assert found["its first 3 words"] == pytest.approx({"rouge1": 0.75, "rouge2": 2 / 3, "rougeL": 0.75})
+
+
+def test_next_tokens(tiny_bert, tmp_path):
+    texts = {split: [text for text, _ in read_r8(split, count)] for split, count in (("train", 200), ("test", 40))}
+    for split, part in texts.items():
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in part])
+    task = {"type": "text-generation", "max_length": 32}
+    found = run(recipe(tmp_path, task, config={"model_type": "gpt2"}, tokenizer=str(tiny_bert)))
+    losses = {name: values["token_loss"] for name, values in found.items()}
+    assert (
+        losses["bigram of train"] < losses["unigram of train"] < math.log(len(AutoTokenizer.from_pretrained(tiny_bert)))
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    pieces = [
+        ids[n : n + 32]
+        for text in texts["test"]
+        for ids in [tokenizer(text)["input_ids"]]
+        for n in range(0, len(ids), 32)
+    ]
+    counts = np.array(list(Counter(token for piece in pieces for token in piece[1:]).values()))
+    entropy = -(counts / counts.sum() * np.log(counts / counts.sum())).sum()
+    assert losses["unigram entropy of the text itself"] == pytest.approx(entropy)
+    # no unigram model can do better on the text than its own counts (Gibbs' inequality)
+    assert losses["unigram of train"] >= entropy > losses["bigram entropy of the text itself"] > 0
+
+
+def test_the_command(tmp_path):
+    status, out, _ = zoo("baseline", "vit/train-digits", "--json", cwd=tmp_path)
+    assert status == 0 and set(json.loads(out)) == {"the largest class", "logistic regression of pixels"}
+    status, out, err = zoo(
+        "baseline", "bert/finetune-topics", "task={}", "task={type: fill-mask}", "data.columns={}",
+        "data.columns={text: Text}", "train.metric_for_best_model=loss", cwd=tmp_path,
+    )  # fmt: skip
+    assert status == 2 and "fill-mask has none" in err
+    with pytest.raises(UserError, match="the data has no such split"):
+        run(load_recipe("vit/train-digits", ["data.test=null"]))
