@@ -17,6 +17,7 @@ from tests.hub_server import TOKEN
 from zoo import hub
 from zoo.data import load_splits
 from zoo.errors import RunError, UserError
+from zoo.hub_errors import dataset_failure
 from zoo.loading import load_model, load_processor
 from zoo.recipe import DataSection, ModelSection
 
@@ -88,6 +89,13 @@ def test_what_is_not_there(server, topics_run, monkeypatch):
         "zoo/nothing"
     )
     assert "does not have this revision of it" in refused("zoo/private", revision="v9")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_secr\u00e9t")
+        assert (
+            refused("zoo/other") == "model zoo/other: the token for the hub is not of ASCII letters; look at HF_TOKEN"
+        )
+        said = str(dataset_failure("data zoo/rows", "zoo/rows", None, "try again"))
+        assert said == "data zoo/rows: the token for the hub is not of ASCII letters; look at HF_TOKEN"
     server.api().create_repo("zoo/empty")
     assert "no readable config.json" in refused("zoo/empty")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE + "-of-another")

@@ -97,6 +97,10 @@ def test_what_cannot_be_pushed(topics_run, tmp_path, monkeypatch):
     assert "cannot name a repository" in refused(topics_run, "!! not a name", dry_run=True)
     monkeypatch.setenv("HF_TOKEN", "a-wrong-token-altogether")
     assert "does not accept the token: Invalid credentials" in refused(topics_run, "topics")
+    for token in ("hf_secr\u00e9t", "hf_secr et", "hf_secr\x01et"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        said = refused(topics_run, "topics")
+        assert "the token for the hub is none" in said and "look at HF_TOKEN" in said and "hf_secr" not in said
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(hub, "get_token", lambda: None)
     assert "no token for the hub: set HF_TOKEN" in refused(topics_run, "topics")

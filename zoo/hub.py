@@ -1,6 +1,7 @@
 """`zoo push`: a finished model to a hub, checked before anything is sent and committed in one piece."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,12 @@ def check(repo: str) -> str:
     _check_name(repo)
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{repo}: HF_HUB_OFFLINE is set, and a push needs the hub; unset it")
-    if get_token() is None:
+    token = get_token()
+    if token is None:
         raise UserError("no token for the hub: set HF_TOKEN, or log in with: hf auth login")
+    if not re.fullmatch(r"[!-~]+", token):
+        # the client would quote it, where it does not fit into a header
+        raise UserError("the token for the hub is none: a token is of ASCII letters without spaces; look at HF_TOKEN")
     api = _api()
     with _words(api, repo):
         me = api.whoami()

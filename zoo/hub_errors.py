@@ -22,6 +22,9 @@ def hub_failure(what: str, error: BaseException, remedy: str) -> UserError | Run
     what: begins the message. remedy: ends it where the hub, and not the user's words, is to blame.
     """
     for cause in _causes(error):
+        if isinstance(cause, UnicodeEncodeError) and cause.encoding == "ascii":
+            # what a header cannot hold
+            return UserError(f"{what}: the token for the hub is not of ASCII letters; look at HF_TOKEN")
         missing = isinstance(cause, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
         if missing or isinstance(cause, OfflineModeIsEnabled):
             return UserError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set; fetch it once without")
@@ -49,7 +52,7 @@ def dataset_failure(what: str, repo: str, revision: str | None, remedy: str) -> 
     """The same of a dataset, by asking the hub once more: the datasets library keeps no cause."""
     try:
         HfApi().dataset_info(repo, revision=revision, timeout=10)
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, UnicodeEncodeError) as error:
         return hub_failure(what, error, remedy)
     return None
 
