@@ -1,5 +1,7 @@
 """The command line: parse, load the recipe, call one function of zoo, print."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,6 +20,14 @@ from zoo.files import json_line
 from zoo.quiet import quiet_libraries
 
 DEBUG = "ZOO_DEBUG"  # set, tracebacks are shown
+# what any look at a file, or any print, may be the first to meet: what to do, and the exit status
+_NO_ROOM = "make room where standard output goes, and the run", 1
+SYSTEM = {
+    errno.ENAMETOOLONG: ("longer than names of files may be; give a shorter one", 2),
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EFBIG: _NO_ROOM,
+}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 benchmarks = typer.Typer(
@@ -39,6 +49,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 def main() -> None:
     """Train and adapt transformers from one recipe."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a text may hold what a terminal's encoding does not
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -50,22 +63,48 @@ def _ending() -> Iterator[None]:
     except (UserError, RunError) as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        typer.secho(f"zoo: {error}", err=True, fg="red")
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+        _fail(str(error), 2 if isinstance(error, UserError) else 1)
     except Interrupted as error:
-        typer.secho(f"zoo: {error}", err=True, fg="yellow")
-        raise typer.Exit(error.status) from None
+        _fail(str(error), error.status, "yellow")
     except KeyboardInterrupt:
-        typer.secho("zoo: interrupted", err=True, fg="yellow")
-        raise typer.Exit(130) from None
+        _fail("interrupted", 130, "yellow")
     except BrokenPipeError:
         # whoever read has read enough
         raise
     except Exception as error:
         if isinstance(error, typer.Exit) or os.environ.get(DEBUG):
             raise
-        typer.secho(f"zoo: {unexpected(error)}; {DEBUG}=1 shows the whole of it: please report it", err=True, fg="red")
-        raise typer.Exit(1) from None
+        if isinstance(error, OSError) and error.errno in SYSTEM:
+            _flush()
+            _fail_of_system(error)
+        _fail(f"{unexpected(error)}; {DEBUG}=1 shows the whole of it: please report it", 1)
+    finally:
+        left = _flush()
+        if isinstance(left, BrokenPipeError):
+            raise typer.Exit(1)
+        if left is not None:
+            _fail_of_system(left)
+
+
+def _fail(said: str, status: int, colour: str = "red") -> NoReturn:
+    typer.secho(f"zoo: {said}", err=True, fg=colour)
+    raise typer.Exit(status) from None
+
+
+def _fail_of_system(error: OSError) -> NoReturn:
+    said, status = SYSTEM.get(error.errno or 0, ("standard output cannot be written", 1))
+    name = "" if error.filename is None else f" ({str(error.filename)[:60]}...)"
+    _fail(f"{error.strerror}{name}: {said}", status)
+
+
+def _flush() -> OSError | None:
+    """What standard output does not take, being full or closed, is dropped: Python would try again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
 
 
 def _terminate(number: int, frame: Any) -> None:

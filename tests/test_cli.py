@@ -98,6 +98,59 @@ def test_words_for_what_is_wrong(folder, arguments, status, says):
     assert not list(folder.glob("runs/*/model.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "LONG"],
+        ["validate", "LONG"],
+        ["cp", "bert/finetune-topics", "LONG"],
+        ["train", "tiny.yaml", "--output-dir", "LONG"],
+        ["train", "tiny.yaml", "--smoke", "--output-dir", "below/LONG"],
+        ["train", "tiny.yaml", "data.path=LONG"],
+        ["train", "tiny.yaml", "data.path=./LONG"],
+        ["train", "tiny.yaml", "data.path=pypi://LONG@1.0/x"],
+        ["train", "tiny.yaml", "data.files={train: LONG, test: test.csv}"],
+        ["train", "tiny.yaml", "model.path=LONG"],
+        ["train", "tiny.yaml", "model.path=./LONG"],
+        ["evaluate", "LONG"],
+        ["evaluate", "TOPICS", "--data", "LONG"],
+        ["predict", "TOPICS", "--file", "LONG"],
+        ["predict", "TOPICS", "a text", "--output", "LONG"],
+        ["push", "LONG", "me/topics", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_names_longer_than_files_may_have(folder, topics_run, arguments):
+    arguments = [word.replace("LONG", "n" * 5000).replace("TOPICS", str(topics_run)) for word in arguments]
+    code, out, err = zoo(*arguments, cwd=folder)
+    assert code == 2 and "nnnn" in err
+
+
+def test_standard_output_that_is_full(folder, topics_run):
+    """Also where Python keeps what is printed until a command ends."""
+    for arguments in (["ls"], ["ls", "--json"], ["validate", "nowhere", "--json"], ["schema"]):
+        for unbuffered in ("", "1"):
+            environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            command = [sys.executable, str(REPO / "cli.py"), *arguments]
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(
+                    command, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+                )
+            assert done.returncode == 1
+            assert done.stderr == "zoo: No space left on device: make room where standard output goes, and the run\n"
+
+
+def test_a_terminal_without_letters(folder, topics_run, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = plain("predict", str(topics_run), "café", cwd=folder)
+    assert done.returncode == 0 and "caf\\xe9" in done.stdout
+    done = plain("predict", str(topics_run), "café", "--json", cwd=folder)
+    assert done.returncode == 0 and json.loads(done.stdout)[0]["text"] == "café"
+    (folder / "tiny.yaml").write_text((folder / "tiny.yaml").read_text() + "  run_name: Zoë\n", encoding="utf-8")
+    done = plain("validate", "tiny.yaml", "--resolved", cwd=folder)
+    assert done.returncode == 0 and 'train.run_name: "Zo\\xeb"' in done.stdout
+
+
 def test_the_file_itself_speaks_the_same_way(folder):
     done = plain("train", "tiny.yaml", "train.sed=1", cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
