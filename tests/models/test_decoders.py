@@ -6,6 +6,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers import EncoderDecoderModel
 
+from zoo.models.ragged import Packing
+
 from .test_generation import COMMON, WAYS
 from .test_parity import assert_close, official_gradients
 from .tiny import LENGTH, VOCAB, config_for, make_inputs, make_pair, native_class, randomise
@@ -52,6 +54,19 @@ def test_cross_attention(family, ragged, training, tmp_path):
             assert_close(ours[name], parameter.grad, f"gradient of {name}")
     moved = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1}
     assert not torch.allclose(native(**moved).loss, output.loss), "the memory is read"
+
+
+@families
+def test_a_call_is_planned_once(family, tmp_path, monkeypatch):
+    """The text and its memory: one look at each mask."""
+    _, native = make_pair(family, HEADS[family], tmp_path, is_decoder=True, add_cross_attention=True)
+    native.set_ragged("on")
+    seen, from_mask = [], Packing.from_mask
+    monkeypatch.setattr(Packing, "from_mask", lambda mask: (seen.append(mask), from_mask(mask))[1])
+    inputs = with_memory(family)
+    native(**inputs)
+    names = ("attention_mask", "encoder_attention_mask")
+    assert all(mask is inputs[name] for mask, name in zip(seen, names, strict=True))
 
 
 @families

@@ -4,6 +4,7 @@ With `config.is_decoder` it is causal, has a cache and, with `add_cross_attentio
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,13 +79,10 @@ class EncoderModel(_Base):
         if isinstance(packing, str):
             memory = encoder_hidden_states, encoder_attention_mask
             packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values, *memory, **kwargs)
-        encoder_packing = None
-        if packing is not None and encoder_hidden_states is not None:
-            encoder_packing = self.plan_packing(encoder_hidden_states, encoder_attention_mask, **kwargs)
         output = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
             encoder_attention_mask, past_key_values,
-            use_cache=use_cache, packing=packing, encoder_packing=encoder_packing, **kwargs,
+            use_cache=use_cache, packing=packing, **kwargs,
         )  # fmt: skip
         return unpack_output(output, packing) if planned_here and packing is not None else output
 
@@ -103,14 +101,14 @@ class EncoderModel(_Base):
             return packing
         # queries and keys are packed together or not at all
         memory = self.plan_packing(encoder_hidden_states, encoder_attention_mask, **kwargs)
-        return None if memory is None else packing
+        return None if memory is None else replace(packing, memory=memory)
 
     @merge_with_config_defaults
     @capture_outputs
     def _encode(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
         encoder_attention_mask, past_key_values,
-        use_cache=None, packing=None, encoder_packing=None, pooled_only=False, **kwargs,
+        use_cache=None, packing=None, pooled_only=False, **kwargs,
     ):  # fmt: skip
         causal = bool(getattr(self.config, "is_decoder", False))
         use_cache = bool(use_cache) and causal
@@ -139,6 +137,7 @@ class EncoderModel(_Base):
             cross_mask = create_bidirectional_mask(
                 self.config, grid, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
             )
+        encoder_packing = None if packing is None else packing.memory
         if encoder_packing is not None:
             encoder_hidden_states = encoder_packing.pack(encoder_hidden_states)
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)

@@ -29,7 +29,7 @@ class Packing:
     """The real tokens of a padded batch, in row order.
 
     `indices` (tokens,): each token's place in the flattened (batch, length) grid, or None when every slot is real.
-    `lengths`: real tokens of each row, zeros included.
+    `lengths`: real tokens of each row, zeros included. `memory`: the packing of what cross-attention reads.
     """
 
     indices: torch.Tensor | None
@@ -39,6 +39,7 @@ class Packing:
     device: torch.device
     # False: attention runs on unpacked, masked tensors (devices and variants without a kernel of ours)
     per_sequence: bool = True
+    memory: "Packing | None" = None
 
     @classmethod
     def from_mask(cls, attention_mask: torch.Tensor) -> "Packing":
