@@ -68,7 +68,14 @@ def test_the_table_of_sizes():
     assert rows["gpt2"] == ["124.4M", "284.8M", "2.0", "GB", "497.8", "MB", "36.9", "kB"]
     assert rows["gpt3-175b"] == ["174.6B", "358.8G", "2.8", "TB", "698.4", "GB", "4.7", "MB"]
     assert rows["bert-tiny"] == ["4.4M", "9.2M", "70.7", "MB", "17.7", "MB", "-"]
-    assert lines.count("    tasks of recipes: text-classification, token-classification, fill-mask") == 4
+    for tasks, families in (
+        ("text-classification, token-classification, fill-mask", 2),  # ALBERT and DistilBERT
+        ("text-classification, token-classification, fill-mask, text-generation", 2),  # BERT and RoBERTa as decoders
+        ("text-classification, token-classification, text-generation", 1),
+        ("text-classification, token-classification, summarization", 1),
+        ("image-classification", 1),
+    ):
+        assert lines.count(f"    tasks of recipes: {tasks}") == families
     assert len(as_text(listed("models"), details=False).splitlines()) == 1 + len(listed("models"))
 
 

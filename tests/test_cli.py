@@ -220,7 +220,7 @@ def test_predict(folder):
     assert (code, out) == (0, "1 answers in answers.jsonl\n"), err
     assert json.loads((folder / "answers.jsonl").read_text()) == answers[0]
     code, out, err = zoo("predict", "runs/tiny", cwd=folder)
-    assert (code, out) == (2, "") and "give texts, or --file" in err
+    assert (code, out) == (2, "") and "give texts (or image files), or --file" in err
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])

@@ -82,7 +82,7 @@ def test_topics(write):
     assert type(recipe.train["learning_rate"]) is float
     assert recipe.data.options == {"sep": "\t", "skiprows": [1, 2]}
     assert recipe.data.files == {"train": "reuters-r8-train.tab", "test": "reuters-r8-test.tab"}
-    assert (recipe.model.implementation, recipe.model.attention, recipe.launch.processes) == ("native", "full", 1)
+    assert (recipe.model.implementation, recipe.model.attention, recipe.launch.processes) == ("native", None, 1)
     assert recipe.file == Path("r.yaml")
 
 
@@ -111,7 +111,7 @@ BAD = {
     "unknown section": ("task:", "tasks:", "r.yaml:6: tasks: unknown key; did you mean task?"),
     "missing section": ("task:", "tasks:", "r.yaml:1: task: required"),
     "unknown key of ours": ("  format:", "  fromat:", "r.yaml:12: data.fromat: unknown key; did you mean format?"),
-    "key of another section": ("  format: csv", "  max_length: 9", "r.yaml:12: data.max_length: unknown key; did you mean task.max_length?"),  # noqa: E501
+    "key of another section": ("  format: csv", "  max_length: 9", "r.yaml:12: data.max_length: unknown key; did you mean task.max_length or generate.max_length?"),  # noqa: E501
     "train key at the top": ("stage: train", "learning_rate: 1", "r.yaml:3: learning_rate: unknown key; did you mean train.learning_rate?"),  # noqa: E501
     "missing key": ("  path: pypi://gt", "  revision: a #", "r.yaml:4: model: a model has one beginning, path, size or config.model_type; there is none of them"),  # noqa: E501
     "number as string": ("1e-4", "'3e-5'", "r.yaml:18: train.learning_rate: expected a number, got the string '3e-5': write 3e-5 without quotes"),  # noqa: E501
@@ -131,7 +131,7 @@ BAD = {
     "our type": ("max_length: 128", "max_length: '128'", "r.yaml:8: task.max_length: expected a whole number"),
     "our range": ("max_length: 128", "max_length: 0", "r.yaml:8: task.max_length: expected greater than 0, got 0"),
     "share": ("validation: 0.1", "validation: 1", "r.yaml:15: data.validation: expected less than 1, got 1"),
-    "role": ("{text: Text", "{txt: Text", "r.yaml:14: data.columns.txt: expected 'text', 'text_pair', 'label', 'tokens', 'tags' or 'image', got the string 'txt'; did you mean text?"),  # noqa: E501
+    "role": ("{text: Text", "{txt: Text", "r.yaml:14: data.columns.txt: expected 'text', 'text_pair', 'label', 'tokens', 'tags', 'image' or 'summary', got the string 'txt'; did you mean text?"),  # noqa: E501
     "processes": ("seed: 42", "seed: 42\nlaunch: {processes: 2}", "r.yaml:22: launch.processes: expected 1, got 2"),
     "name": ("bert-finetune-topics", "../up", "r.yaml:2: name: '../up' cannot name a directory"),
     "name of number": ("bert-finetune-topics", "12", "r.yaml:2: name: expected a string, got 12"),

@@ -211,10 +211,10 @@ def predictions(rows: int = 200, classes: int = 3, seed: int = 0) -> EvalPredict
 def test_metrics_of_one_label():
     made, names = predictions(), ["a", "b", "c"]
     task = task_of(section())
-    found = task.metrics(section(), names)(made)
+    found = task.metrics(section(), names, None)(made)
     assert set(found) == set(task.metric_names)
     assert found["accuracy"] == (made.predictions.argmax(-1) == made.label_ids).mean()
-    records = list(task.records(section(), names)(made))
+    records = list(task.records(section(), names, None)(made))
     assert [record["gold"] for record in records] == [names[n] for n in made.label_ids]
     assert [record["predicted"] for record in records] == [names[n] for n in made.predictions.argmax(-1)]
     assert records[0]["probabilities"] == pytest.approx(dict(zip(names, softmax(made.predictions[0]), strict=True)))
@@ -236,12 +236,12 @@ def test_metrics_of_several_labels():
     rng = np.random.default_rng(0)
     logits, hot = rng.normal(size=(50, 3)), (rng.random((50, 3)) < 0.4).astype(float)
     task = task_of(section(**keys))
-    found = task.metrics(section(**keys), list("abc"))(EvalPrediction(logits, hot))
+    found = task.metrics(section(**keys), list("abc"), None)(EvalPrediction(logits, hot))
     chosen = expit(logits) >= 0.7
     assert found["accuracy"] == (chosen == (hot == 1)).all(-1).mean()
     true = (chosen & (hot == 1)).sum()
     assert found["f1_micro"] == pytest.approx(2 * true / (chosen.sum() + hot.sum()))
-    records = list(task.records(section(**keys), list("abc"))(EvalPrediction(logits, hot)))
+    records = list(task.records(section(**keys), list("abc"), None)(EvalPrediction(logits, hot)))
     assert [len(record["predicted"]) for record in records] == chosen.sum(-1).tolist()
     assert [len(record["gold"]) for record in records] == hot.sum(-1).tolist()
 
@@ -249,10 +249,12 @@ def test_metrics_of_several_labels():
 def test_metrics_of_numbers():
     task = task_of(section(problem_type="regression"))
     gold = np.array([1.0, 2.0, 3.0, 4.0])
-    found = task.metrics(section(problem_type="regression"), ["LABEL_0"])(EvalPrediction(2 * gold[:, None] + 1, gold))
+    found = task.metrics(section(problem_type="regression"), ["LABEL_0"], None)(
+        EvalPrediction(2 * gold[:, None] + 1, gold)
+    )
     assert found == pytest.approx({"mse": np.mean((gold + 1) ** 2), "mae": np.mean(gold + 1), "pearsonr": 1.0,
                                    "spearmanr": 1.0})  # fmt: skip
-    flat = task.metrics(section(problem_type="regression"), ["LABEL_0"])(EvalPrediction(np.ones((4, 1)), gold))
+    flat = task.metrics(section(problem_type="regression"), ["LABEL_0"], None)(EvalPrediction(np.ones((4, 1)), gold))
     assert (flat["pearsonr"], flat["spearmanr"]) == (0.0, 0.0)
 
 
@@ -262,9 +264,11 @@ def test_spans_of_tags():
     gold = np.array([[-100, 1, 2, 0, 1, -100], [-100, 0, 0, -100, -100, -100]])
     predicted = np.array([[0, 1, 2, 0, 0, 0], [0, 1, 0, 0, 0, 0]])
     task = task_of(section("token-classification"))
-    found = task.metrics(section("token-classification"), names)(EvalPrediction(np.eye(3)[predicted], gold))
+    found = task.metrics(section("token-classification"), names, None)(EvalPrediction(np.eye(3)[predicted], gold))
     assert found == pytest.approx({"accuracy": 4 / 6, "precision": 0.5, "recall": 0.5, "f1": 0.5})
-    records = list(task.records(section("token-classification"), names)(EvalPrediction(np.eye(3)[predicted], gold)))
+    records = list(
+        task.records(section("token-classification"), names, None)(EvalPrediction(np.eye(3)[predicted], gold))
+    )
     assert records[0] == {"gold": ["B-per", "I-per", "O", "B-per"], "predicted": ["B-per", "I-per", "O", "O"]}
 
 
@@ -323,7 +327,7 @@ def test_metric_modules(tmp_path):
         "        return {'of_gold': scale * sum(s[r] for r, s in pairs) / len(references), 'all': [1]}\n"
     )
     keys = {"metrics": {"matthews_correlation": {}, "balanced_accuracy": {}, str(mine): {"scale": 10}}}
-    found = own_metrics(task_of(section()), section(**keys), names)(made)
+    found = own_metrics(task_of(section()), section(**keys), names, None)(made)
     assert found["matthews_correlation"] == pytest.approx(
         matthews_corrcoef(made.label_ids, made.predictions.argmax(-1))
     )
@@ -344,7 +348,7 @@ def test_metric_modules(tmp_path):
 def test_metric_modules_that_are_refused(name, options, says):
     keys = {"metrics": {name: options}}
     with pytest.raises(UserError, match=f"task.metrics.{name}: {says}"):
-        own_metrics(task_of(section()), section(**keys), ["a", "b", "c"])(predictions())
+        own_metrics(task_of(section()), section(**keys), ["a", "b", "c"], None)(predictions())
 
 
 @pytest.mark.parametrize(
@@ -369,7 +373,7 @@ def test_metric_modules_that_are_refused(name, options, says):
     ids=["one label", "several labels", "a number", "tags"],
 )  # fmt: skip
 def test_a_prediction_that_is_all_right(task, labels, gold, best):
-    found = task_of(task).metrics(task, list(labels))(all_right(task_of(task), list(labels), gold))
+    found = task_of(task).metrics(task, list(labels), None)(all_right(task_of(task), list(labels), gold))
     assert found == pytest.approx(best)
 
 

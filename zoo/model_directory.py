@@ -127,8 +127,8 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
         "trust_remote_code": trust_remote_code,
     }
     section = recipe.model.model_copy(update=own)
-    processor = load_processor(section, task.processor)
     model = load_model(section, task.auto_class, whole=True)
+    processor = load_processor(section, task.processor)
     fit_images(model, processor, recipe.task.image_size)
     labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
     return Finished(recipe, task, model, processor, labels)

@@ -285,10 +285,11 @@ def _find(name: str, folder: Path = Path()) -> Path:
     if os.path.isdir(path):
         inside = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "no recipe"
         raise UserError(f"{name}: is a directory (with {inside}); name a recipe's .yaml file")
-    near = difflib.get_close_matches(short, shipped, n=3, cutoff=0.4)
     beside = [p.name for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
+    hint = did_you_mean(path.name, beside) or did_you_mean(short, shipped)
+    far = difflib.get_close_matches(short, shipped, n=3, cutoff=0.4)
     raise UserError(
         f"{name}: neither a file ({display(path.absolute())}) nor a shipped recipe"
-        + (f"; did you mean {' or '.join(near)}?" if near else did_you_mean(path.name, beside))
+        + (hint or (f"; did you mean {' or '.join(far)}?" if far else ""))
         + f"\nshipped recipes: {', '.join(shipped) or 'none'}"
     )
