@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import SequentialSampler
-from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -109,12 +110,15 @@ class ZooTrainer(Trainer):
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
         done = super()._init_training_state(*args, **kwargs)
+        if self.resumed_from is None:
+            return done
         # the state names the best checkpoint by the path it had then; the run may have been moved
-        best = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        if self.args.load_best_model_at_end and self.state.best_global_step and not is_complete(best):
-            raise RunError(f"{best}: the best checkpoint so far is missing or damaged; put it back, or train anew")
+        recorded = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME)).best_model_checkpoint
+        if recorded is not None:
+            best = Path(str(self.args.output_dir), Path(recorded).name)
+            if self.args.load_best_model_at_end and not is_complete(best):
+                raise RunError(f"{best}: the best checkpoint so far is missing or damaged; put it back, or train anew")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         return done
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
