@@ -6,14 +6,16 @@ forward by about a tenth, gradients of the input by about a seventh; on older AM
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
     """Whether calling `layer` does no more than its weight and bias say."""
     if type(layer) is not nn.Linear or "forward" in vars(layer):  # accelerate patches the forward of offloaded layers
         return False
@@ -46,20 +48,28 @@ def bound_onednn_caches() -> None:
         os.environ.setdefault(name, "32")
 
 
-def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`layer(hidden_states)`; packed fp32 tokens (tokens, features) by oneDNN where that is faster."""
+def linear(layer: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+    """`layer(hidden_states)`; fp32 tokens (..., features) by oneDNN where that is faster."""
     if (
-        hidden_states.ndim == 2
-        and hidden_states.dtype == torch.float32
+        hidden_states.dtype == torch.float32
         and hidden_states.device.type == "cpu"
-        and len(hidden_states) > 1
         and not is_tracing()
         and onednn_is_faster()
         and is_plain(layer)
         and not torch.is_autocast_enabled("cpu")
     ):
-        return _OneDnnLinear.apply(hidden_states, layer.weight, layer.bias)
+        if hidden_states.ndim == 2:
+            return _OneDnnLinear.apply(hidden_states, layer.weight, layer.bias)
+        product = _OneDnnLinear.apply(hidden_states.flatten(0, -2), layer.weight, layer.bias)
+        return product.view(*hidden_states.shape[:-1], -1)
     return layer(hidden_states)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias of matrices, by the faster library; for what needs no gradient."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not onednn_is_faster():
+        return nn.functional.linear(x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

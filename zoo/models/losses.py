@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .linear import is_plain
+from .linear import is_plain, product
 
 CHUNK_ROWS = 256
 IGNORED = -100
@@ -25,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=exact)
         for start in range(0, len(labels), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            logits = F.linear(hidden[rows], weight, bias).to(exact)
+            logits = product(hidden[rows], weight, bias).to(exact)
             wanted = labels[rows].unsqueeze(1)
             log_norm = logits.logsumexp(-1, keepdim=True)
             total += (log_norm - logits.gather(1, wanted)).sum()

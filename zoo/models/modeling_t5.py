@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .dropout import Dropout
 from .heads import classification_loss, span_answer, token_answer, token_loss
+from .linear import linear
 from .losses import IGNORED, linear_cross_entropy
 from .pretrained import register_key_map
 from .ragged import recorded
@@ -206,7 +207,7 @@ class ZooT5ForConditionalGeneration(_Stacks, GenerationMixin):
         if labels is not None and self.training:
             loss = linear_cross_entropy(states.flatten(0, 1), self.lm_head, labels.flatten(), num_items_in_batch)
         else:
-            logits = self.lm_head(states)
+            logits = linear(self.lm_head, states)
         if labels is not None and logits is not None:
             loss = token_loss(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
         return Seq2SeqLMOutput(loss, logits, **_recorded(encoded, output))

@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
+from .linear import linear
+
 logger = logging.get_logger(__name__)
 
 # the default of a base model's `packing` argument: "decide yourself, and hand out padded outputs"
@@ -129,10 +131,10 @@ def kept_logits(
     """
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     if packing is None:
-        return head(states[:, kept])
+        return linear(head, states[:, kept])
     numbers = packing.unpack(torch.arange(1, packing.tokens + 1, device=states.device))[:, kept]
     real = numbers > 0
-    found = head(states[numbers[real] - 1])
+    found = linear(head, states[numbers[real] - 1])
     logits = found.new_zeros(*real.shape, found.shape[-1])
     logits[real] = found
     return logits
