@@ -1,9 +1,12 @@
 """ViT (Dosovitskiy et al. 2020, arXiv 2010.11929) on the native block: patches, a class token, pre-norm.
 
-An attention mask over (batch, 1 + patches) drops patches: they are packed away, and cost nothing.
+An attention mask over (batch, 1 + patches) drops patches: they are packed away, and cost nothing. Images of several
+sizes in one batch are packed in the same way.
 """
 
 from .versions import checked  # noqa: F401  isort: skip  (first: other versions fail in riddles further down)
+
+from collections.abc import Sequence
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -24,7 +27,7 @@ from .blocks import Block, BlockSpec, make_activation
 from .heads import classification_loss
 from .patches import PatchEmbeddings
 from .pretrained import RECORDED_BY_ENCODERS, VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
-from .ragged import unpack_output
+from .ragged import unpack_output, zero_padding
 
 KEY_MAP = [
     WeightRenaming("encoder.layer", "layers"),
@@ -120,7 +123,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -128,16 +131,27 @@ class ZooViTModel(ZooViTPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """As the official class; the states of dropped patches are 0.
 
-        pixel_values: (batch, channels, height, width). attention_mask: (batch, 1 + patches), 0 for a patch that is
-        dropped. bool_masked_pos: (batch, patches), True for one that is hidden by the mask token.
+        pixel_values: (batch, channels, height, width), or a list of (channels, height, width) of several sizes, each a
+        multiple of the patch; each image then gets what it gets alone, and behind its patches, up to those of the
+        largest, states are 0. attention_mask: (batch, 1 + patches), 0 for a patch that is dropped. bool_masked_pos:
+        (batch, patches), True for one that is hidden by the mask token; not with a list.
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing.")
-        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        embedded = self.embeddings(pixel_values, bool_masked_pos, bool(interpolate_pos_encoding))
+        dtype, interpolate = self.embeddings.patch_embeddings.projection.weight.dtype, bool(interpolate_pos_encoding)
+        if isinstance(pixel_values, torch.Tensor):
+            embedded = self.embeddings(pixel_values.to(dtype), bool_masked_pos, interpolate)
+            real = None
+        else:
+            if bool_masked_pos is not None:
+                raise ValueError("bool_masked_pos is for images of one size, (batch, channels, height, width).")
+            embedded, real = self.embeddings.of_sizes([image.to(dtype) for image in pixel_values], interpolate)
+            attention_mask = real if attention_mask is None else attention_mask * real
         packing = self.plan_packing(embedded, attention_mask, pooled=True, **kwargs)
         output = self._encode(embedded, attention_mask, packing=packing, **kwargs)
-        return output if packing is None else unpack_output(output, packing)
+        if packing is not None:
+            return unpack_output(output, packing)
+        return output if real is None else zero_padding(output, real)
 
     @capture_outputs(tie_last_hidden_states=False)
     def _encode(self, embedded, attention_mask, packing=None, **kwargs):
@@ -203,8 +217,10 @@ class ZooViTForMaskedImageModeling(ZooViTPreTrainedModel):
     ) -> MaskedImageModelingOutput:
         """Loss: the mean distance of the pixels of hidden patches; `reconstruction`: (batch, channels, height, width).
 
-        Images may be of any size that the patches divide, with `interpolate_pos_encoding`.
+        Images may be of any size that the patches divide, with `interpolate_pos_encoding`; all of a batch of the same.
         """
+        if isinstance(pixel_values, list | tuple):
+            raise ValueError("pixel_values must be one tensor here: the images that are made have one size.")
         stride, (high, wide) = self.config.encoder_stride, self.vit.embeddings.patch_size
         if bool_masked_pos is not None and (high, wide) != (stride, stride):
             raise ValueError(

@@ -1,8 +1,11 @@
 """What turns images into vectors: patches, a class token, positions that may be interpolated."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .dropout import Dropout
@@ -55,6 +58,37 @@ class PatchEmbeddings(nn.Module):
         embeddings = torch.cat((self.cls_token.expand(len(embeddings), -1, -1), embeddings), dim=1)
         height, width = pixel_values.shape[2:]
         return self.dropout(embeddings + self.positions(height, width))
+
+    def of_sizes(self, images: Sequence[torch.Tensor], interpolate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (channels, height, width), each of its own size -> (batch, longest, hidden), 0 behind the shorter.
+
+        And (batch, longest), 1 where a token is. Raises ValueError for an image that is no whole number of patches.
+        """
+        if not images:
+            raise ValueError("pixel_values is an empty list; give at least one image.")
+        of_size: dict[tuple[int, ...], list[int]] = {}
+        for number, image in enumerate(images):
+            self._check_divided(image, number)
+            of_size.setdefault(tuple(image.shape), []).append(number)
+        rows: dict[int, torch.Tensor] = {}
+        for numbers in of_size.values():
+            alike = torch.stack([images[number] for number in numbers])
+            rows |= zip(numbers, self(alike, None, interpolate), strict=True)
+        in_order = [rows[number] for number in range(len(images))]
+        real = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in in_order]
+        return pad_sequence(in_order, batch_first=True), pad_sequence(real, batch_first=True)
+
+    def _check_divided(self, image: torch.Tensor, number: int) -> None:
+        if image.ndim != 3 or image.shape[0] != self.num_channels:
+            raise ValueError(
+                f"image {number} of the list must be ({self.num_channels}, height, width), not {tuple(image.shape)}."
+            )
+        (height, width), (high, wide) = image.shape[1:], self.patch_size
+        if height % high or width % wide:
+            raise ValueError(
+                f"image {number} of the list has {height} x {width} pixels, no whole number of patches of {high} x "
+                f"{wide}; resize or pad it to a multiple."
+            )
 
     def _check(self, shape: tuple[int, ...], interpolate: bool) -> None:
         if len(shape) != 4 or shape[1] != self.num_channels:

@@ -156,6 +156,15 @@ def unpack_output(output, packing: Packing):
     return output
 
 
+def zero_padding(output, real: torch.Tensor):
+    """What `unpack_output` leaves, of a base model that ran padded. real: (batch, length), 0 at padded slots."""
+    hidden = real.unsqueeze(-1) == 0
+    output["last_hidden_state"] = output.last_hidden_state.masked_fill(hidden, 0.0)
+    if output.get("hidden_states"):
+        output["hidden_states"] = tuple(state.masked_fill(hidden, 0.0) for state in output.hidden_states)
+    return output
+
+
 def recorded(output, packing: Packing | None) -> dict:
     """What a head hands on of its base model's output."""
     return {"hidden_states": unpack_states(output.hidden_states, packing), "attentions": output.attentions}
