@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -133,6 +134,13 @@ def test_another_familys_checkpoint_is_refused(family, tmp_path):
             message = f"holds a model of type '{found}'; .* opens '{family}' and 'zoo_{family}'"
             with pytest.raises(ValueError, match=message):
                 native_class(family, heads[family]).from_pretrained(tmp_path / directory)
+
+
+@pytest.mark.parametrize("field", ["num_hidden_groups", "inner_group_num"])
+def test_albert_without_layers_is_refused(field):
+    """Several of either are what the tiny ALBERT of all tests has."""
+    with pytest.raises(StrictDataclassClassValidationError, match=f"{field} is 0, but there must be at least 1"):
+        native_class("albert", "AlbertModel").config_class(**{field: 0})
 
 
 def tied_groups(model) -> set[frozenset[str]]:

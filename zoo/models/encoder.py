@@ -143,6 +143,11 @@ class EncoderModel(_Base):
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         first_only = pooled_only and in_rows and not causal and (recorded is None or recorded is False)
         layers = list(self.layers_in_order())
+        if self_cache is not None and len({layer.self_attn.layer_idx for layer in layers}) < len(layers):
+            raise ValueError(
+                "a layer that runs more than once (ALBERT) has no place for cached keys: past_key_values, and prefix "
+                "tuning with it, cannot be used; LoRA and prompt tuning can."
+            )
         for index, layer in enumerate(layers):
             hidden_states = layer(
                 hidden_states, masks.of_layer(index), None, encoder_hidden_states,

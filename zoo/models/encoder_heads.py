@@ -32,7 +32,10 @@ else:
 
 
 class EncoderHead(_Base):
-    """Goes before a family's base class in the bases of a head."""
+    """Goes before a family's base class in the bases of a head.
+
+    Heads that name `past_key_values` get the keys of peft's prefix tuning there; peft would guess at the others.
+    """
 
     pooling: ClassVar[bool] = False  # whether its encoder has a pooler, where the family has one
 
@@ -168,12 +171,14 @@ class SequenceClassification(_OneAnswer):
         token_type_ids=None,
         position_ids=None,
         inputs_embeds=None,
+        past_key_values=None,
         labels=None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         output, packing = self._run(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pooled_only=True, **kwargs
-        )
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values=past_key_values,
+            pooled_only=True, **kwargs,
+        )  # fmt: skip
         logits = self.score(output.pooler_output)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return SequenceClassifierOutput(loss, logits, **recorded(output, packing))
@@ -223,10 +228,14 @@ class TokenClassification(EncoderHead):
         token_type_ids=None,
         position_ids=None,
         inputs_embeds=None,
+        past_key_values=None,
         labels=None,
         **kwargs,
     ) -> TokenClassifierOutput:
-        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        output, packing = self._run(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values=past_key_values,
+            **kwargs,
+        )  # fmt: skip
         logits = self.classifier(self.dropout(output.last_hidden_state))
         return TokenClassifierOutput(*token_answer(logits, labels, packing), **recorded(output, packing))
 
@@ -251,11 +260,15 @@ class QuestionAnswering(EncoderHead):
         token_type_ids=None,
         position_ids=None,
         inputs_embeds=None,
+        past_key_values=None,
         start_positions=None,
         end_positions=None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        output, packing = self._run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        output, packing = self._run(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values=past_key_values,
+            **kwargs,
+        )  # fmt: skip
         logits = self.qa_outputs(self.dropout(output.last_hidden_state))
         answer = span_answer(logits, start_positions, end_positions, packing)
         return QuestionAnsweringModelOutput(*answer, **recorded(output, packing))

@@ -60,6 +60,9 @@ class ZooAlbertConfig(VariantConfig, AlbertConfig):
 
     def validate_architecture(self):
         check_heads(self, "hidden_size", "num_attention_heads")
+        for name in ("num_hidden_groups", "inner_group_num"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but there must be at least 1 of them.")
         super().validate_architecture()
 
 
