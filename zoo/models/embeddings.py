@@ -4,8 +4,39 @@ import math
 
 import torch
 from torch import nn
+from transformers.utils.import_utils import is_tracing
 
 from .dropout import Dropout
+
+# config field -> what to do about a number beyond it
+REMEDIES = {
+    "vocab_size": "is the tokenizer another model's, or has it new tokens (resize_token_embeddings)?",
+    "max_position_embeddings": "cut the text, or generate less.",
+    "type_vocab_size": "is the tokenizer another model's?",
+}
+
+
+def beyond(what: str, number: int, count: int, field: str) -> ValueError:
+    """In place of torch's "index out of range in self"."""
+    return ValueError(f"{what} {number}: the model has {count} of them, from 0 (config.{field}); {REMEDIES[field]}")
+
+
+def look_up(table: nn.Embedding, ids: torch.Tensor, what: str, field: str) -> torch.Tensor:
+    """`table(ids)`. Raises ValueError with the first id that it has no row for, where torch notices one: on CPU."""
+    try:
+        return table(ids)
+    except IndexError as error:
+        count = len(table.weight)
+        raise beyond(what, int(ids[(ids < 0) | (ids >= count)][0]), count, field) from error
+
+
+def positions_from(past: int | torch.Tensor, length: int, config, device) -> torch.Tensor:
+    """(1, length): the positions behind `past` tokens. Raises ValueError for more than the model has."""
+    count = config.max_position_embeddings
+    # of a static cache `past` is a tensor, which is not read; a graph knows no lengths
+    if isinstance(past, int) and not is_tracing() and past + length > count:
+        raise beyond("position", past + length - 1, count, "max_position_embeddings")
+    return (torch.arange(length, device=device) + past).unsqueeze(0)
 
 
 class BertEmbeddings(nn.Module):
@@ -26,14 +57,16 @@ class BertEmbeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, inputs_embeds, token_type_ids, position_ids) -> torch.Tensor:
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        words = inputs_embeds
+        if words is None:
+            words = look_up(self.word_embeddings, input_ids, "token id", "vocab_size")
+        positions = look_up(self.position_embeddings, position_ids, "position", "max_position_embeddings")
         if token_type_ids is None:
             # segment 0 everywhere: one row, added to all
             segments = self.token_type_embeddings.weight[0]
         else:
-            segments = self.token_type_embeddings(token_type_ids)
-        embeddings = words + segments + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embeddings))
+            segments = look_up(self.token_type_embeddings, token_type_ids, "segment", "type_vocab_size")
+        return self.dropout(self.LayerNorm(words + segments + positions))
 
 
 class DistilBertEmbeddings(nn.Module):
@@ -47,8 +80,11 @@ class DistilBertEmbeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids, inputs_embeds, token_type_ids, position_ids) -> torch.Tensor:
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        return self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids)))
+        words = inputs_embeds
+        if words is None:
+            words = look_up(self.word_embeddings, input_ids, "token id", "vocab_size")
+        positions = look_up(self.position_embeddings, position_ids, "position", "max_position_embeddings")
+        return self.dropout(self.LayerNorm(words + positions))
 
 
 def sinusoids(count: int, width: int) -> torch.Tensor:

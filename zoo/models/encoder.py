@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LayerMasks
 from .blocks import Block
+from .embeddings import positions_from
 from .pretrained import ZooPreTrainedModel
 from .ragged import PLAN, Packing, cached_tokens, unpack_output
 
@@ -53,7 +54,7 @@ class EncoderModel(_Base):
 
     def positions(self, input_ids: torch.Tensor | None, inputs: torch.Tensor, past: int) -> torch.Tensor:
         """(1 or batch, length) of the inputs (ids or vectors), `past` tokens being in the cache."""
-        return torch.arange(past, past + inputs.shape[1], device=inputs.device).unsqueeze(0)
+        return positions_from(past, inputs.shape[1], self.config, inputs.device)
 
     @can_return_tuple
     def forward(

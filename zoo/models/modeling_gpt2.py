@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import LayerMasks
 from .blocks import Block, BlockSpec
 from .dropout import Dropout
+from .embeddings import look_up, positions_from
 from .heads import classification_loss, next_token_labels, span_answer, token_answer, token_loss
 from .losses import linear_cross_entropy
 from .pretrained import VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
@@ -182,14 +183,15 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + past).unsqueeze(0)
+            position_ids = positions_from(past, inputs.shape[1], self.config, inputs.device)
         if packing is not None:
             input_ids, inputs_embeds, token_type_ids, position_ids = (
                 None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds, token_type_ids, position_ids)
             )
-        hidden_states = (self.wte(input_ids) if inputs_embeds is None else inputs_embeds) + self.wpe(position_ids)
+        words = look_up(self.wte, input_ids, "token id", "vocab_size") if inputs_embeds is None else inputs_embeds
+        hidden_states = words + look_up(self.wpe, position_ids, "position", "max_position_embeddings")
         if token_type_ids is not None:
-            hidden_states = hidden_states + self.wte(token_type_ids)
+            hidden_states = hidden_states + look_up(self.wte, token_type_ids, "token type", "vocab_size")
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, True, grid, attention_mask, past_key_values, packing)

@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import Attention, LayerMasks
 from .blocks import Block, BlockSpec, FeedForward
 from .dropout import Dropout
-from .embeddings import RelativePositionBias
+from .embeddings import RelativePositionBias, look_up
 from .pretrained import VariantConfig, ZooPreTrainedModel
 from .ragged import PLAN, Packing, cached_tokens, unpack_output
 
@@ -219,7 +219,9 @@ class ZooT5Stack(ZooT5PreTrainedModel):
         position_bias = self._position_bias(inputs, self_cache)
         if packing is not None:
             input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = inputs_embeds
+        if hidden_states is None:
+            hidden_states = look_up(self.embed_tokens, input_ids, "token id", "vocab_size")
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, self.config.is_decoder, grid, attention_mask, self_cache, packing)
