@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from zoo.errors import UserError
@@ -44,16 +45,25 @@ def _counts(looked_at: Dataset, images: int, section: TaskSection) -> str:
 
 def _collate(processor: BaseImageProcessor, section: TaskSection) -> Collate:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        images = [open_image(row["image"], f"data: image of row {row['row']}") for row in rows]
-        if section.augmentation is not None:
+        images = []
+        for row in rows:
+            image = open_image(row["image"], f"data: image of row {row['row']}")
             # rows that are only evaluated carry no draw
-            pairs = zip(images, rows, strict=True)
-            images = [augmented(image, section.augmentation, row["draw"]) if "draw" in row else image
-                      for image, row in pairs]  # fmt: skip
+            if section.augmentation is not None and "draw" in row:
+                image = augmented(_resized(image, processor), section.augmentation, row["draw"])
+            images.append(image)
         batch = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
         return batch | {key: torch.tensor([row[key] for row in rows]) for key in ("labels", "row")}
 
     return collate
+
+
+def _resized(image: Image.Image, processor: Any) -> Image.Image:
+    """As the processor does it: what is turned at its own few pixels first is blurred by that."""
+    size = dict(processor.size)
+    if not processor.do_resize or not {"height", "width"} <= size.keys():
+        return image
+    return image.resize((size["width"], size["height"]), resample=processor.resample)
 
 
 def _check(section: TaskSection, model: PreTrainedModel) -> None:
