@@ -17,6 +17,7 @@ from zoo.errors import RunError, UserError
 from zoo.loading import assert_same_adapter, assert_same_weights, load_model, load_processor
 from zoo.models.modeling_bert import ZooBertForSequenceClassification, ZooBertModel
 from zoo.recipe import ModelSection
+from zoo.tasks.base import check_padding
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 AUTO = {
@@ -257,6 +258,85 @@ def test_tokenizers(copy):
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="its tokenizer cannot be read"):
         load_processor(section(copy), "tokenizer")
+
+
+# Tokens that the checkpoint has not seen
+
+GROWN = [
+    ("bert", "BertForMaskedLM", {}),
+    ("bert", "BertForSequenceClassification", {}),
+    ("gpt2", "GPT2LMHeadModel", {}),
+    ("gpt2", "GPT2LMHeadModel", {"tie_word_embeddings": False}),
+    ("t5", "T5ForConditionalGeneration", {"feed_forward_proj": "relu"}),
+    ("t5", "T5ForConditionalGeneration", {"scale_decoder_outputs": False}),
+]
+HEADS = {"BertForMaskedLM": "AutoModelForMaskedLM", "BertForSequenceClassification": CLASSIFIER}
+NEW = ["<one>", "<two>"]
+
+
+@pytest.mark.parametrize("implementation", ["native", "official"])
+@pytest.mark.parametrize(("family", "official", "fields"), GROWN)
+def test_added_tokens(tiny_bert, tmp_path, capsys, family, official, fields, implementation):
+    """Each new row, of an untied head too, is the mean of the old ones but for the library's noise of 1e-5."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    size = len(tokenizer)
+    model = randomise(getattr(transformers, official)(config_for(family, official, vocab_size=size, **fields)))
+    if "scale_decoder_outputs" in fields:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path / "old")
+    tokenizer.save_pretrained(tmp_path / "old")
+    chosen = section(tmp_path / "old", added_tokens=[*NEW, "the"], implementation=implementation)
+    processor = load_processor(chosen, "tokenizer")
+    auto_class = HEADS.get(official, AUTO.get(family, ""))
+    if implementation == "official" and "scale_decoder_outputs" in fields:
+        with pytest.raises(UserError, match="would lose its output layer; use implementation: native"):
+            load_model(chosen, auto_class, processor=processor)
+        return
+    grown = load_model(chosen, auto_class, processor=processor).eval()
+    said = capsys.readouterr().out
+    assert "model.added_tokens: 2 new ones" in said and f"2 tokens beyond its vocabulary of {size}" in said
+    assert processor.convert_tokens_to_ids(NEW) == [size, size + 1] and grown.config.vocab_size == size + 2
+    for old, new in ((model.get_input_embeddings(), grown.get_input_embeddings()),
+                     (model.get_output_embeddings(), grown.get_output_embeddings())):  # fmt: skip
+        if old is not None:
+            assert torch.equal(new.weight[:size], old.weight)
+            assert (new.weight[size:] - old.weight.mean(0)).abs().max() < 1e-4 < old.weight.mean(0).abs().max()
+            assert new.weight.shape[0] == size + 2
+    head = grown.get_output_embeddings()
+    tied = head is not None and head.weight is grown.get_input_embeddings().weight
+    assert tied == (official != "BertForSequenceClassification" and not {*fields} - {"feed_forward_proj"})
+    grown.save_pretrained(tmp_path / "new", **({"official": True} if implementation == "native" else {}))
+    processor.save_pretrained(tmp_path / "new")
+    again = section(tmp_path / "new")
+    reopened = load_model(
+        again, HEADS.get(official, AUTO.get(family, "")), processor=load_processor(again, "tokenizer")
+    )
+    assert "beyond its vocabulary" not in capsys.readouterr().out
+    ids = torch.tensor([[5, size, size + 1, 9]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    assert (reopened.eval()(**inputs).logits - grown(**inputs).logits).abs().max() < 1e-5
+
+
+def test_what_pads(tiny_bert, tmp_path, capsys):
+    """The end of a text where there is no padding token, as of GPT-2; or an unknown token; or nothing."""
+    for name, special, pads in (
+        ("end", {"eos_token": "[SEP]"}, "[SEP]"), ("unknown", {}, "[UNK]"), ("nothing", {"unk_token": None}, None),
+    ):  # fmt: skip
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(tiny_bert / "tokenizer.json"), **{"unk_token": "[UNK]", **special}
+        )
+        tokenizer.save_pretrained(tmp_path / name)
+        processor = load_processor(section(tmp_path / name), "tokenizer")
+        assert processor.pad_token == pads
+        assert (f"the tokenizer has no padding token: {pads} pads" in capsys.readouterr().out) == (pads is not None)
+        if pads is None:
+            with pytest.raises(UserError, match="its tokenizer has no padding token; save it with one"):
+                check_padding(processor)
+            continue
+        config = config_for("gpt2", "GPT2LMHeadModel", vocab_size=len(processor), pad_token_id=None)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        model = load_model(section(tmp_path / name), AUTO["gpt2"], processor=processor)
+        assert model.config.pad_token_id == processor.pad_token_id == processor.convert_tokens_to_ids(pads)
 
 
 # The proof

@@ -248,6 +248,11 @@ def test_what_cannot_be_answered(directories, tmp_path):
 # What stands beside the model
 
 
+def test_a_mask_behind_the_cut(directories):
+    with pytest.raises(UserError, match=r"predict: No mask_token .* texts are cut at 32 tokens"):
+        list(zoo.prediction.run(directories["masked"], ["oil " * 60 + "[MASK]"]))
+
+
 def test_windows_read_the_whole_text(directories, data):
     """A word far beyond the first window changes the answer of a model with windows, and no other."""
     long = " ".join(TEXTS[:4])

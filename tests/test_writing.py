@@ -99,7 +99,22 @@ def test_next_words_are_those_of_the_pipeline(gpt):
     assert settings["max_new_tokens"] == 7 and "max_length" not in settings
 
 
+def test_a_prompt_that_leaves_no_room_is_refused_at_once(gpt):
+    """Seven tokens are written, and the model has 64 positions; the tokenizer adds two of its own."""
+    assert next(zoo.prediction.run(gpt, ["oil " * 55]))["predicted"] is not None
+    with pytest.raises(UserError) as caught:
+        zoo.prediction.run(gpt, ["oil", "oil " * 56])
+    assert str(caught.value) == (
+        "predict: text 1 has 58 tokens and 7 more are written (max_new_tokens), but the model has 64 positions; "
+        "shorten it"
+    )
+
+
 # T5
+
+
+def test_a_text_of_any_length_is_summarised(t5):
+    assert len(list(zoo.prediction.run(t5, ["oil prices rose " * 200]))) == 1
 
 
 def test_summaries_are_measured_as_they_are_written(t5, texts):

@@ -72,7 +72,10 @@ def load_processor(section: ModelSection, kind: str) -> Processor:
 def _complete(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> None:
     """The recipe's own tokens; and where there is no padding token, the one that ends a text, or an unknown one."""
     if added:
-        print(f"model.added_tokens: {tokenizer.add_tokens(list(added))} new ones")
+        known = len(tokenizer)
+        tokenizer.add_tokens(list(added))
+        # what the library returns counts those too that were there
+        print(f"model.added_tokens: {len(tokenizer) - known} new ones")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is not None:
@@ -123,8 +126,14 @@ def _fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     """Embeddings for tokens that the checkpoint has not seen, at the mean of all others; what pads, in the config."""
     wanted, there = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if wanted > there:
+        tied = _is_tied(model)
         # the output layer grows with it (Hewitt 2021: the mean leaves the distribution as it was)
         model.resize_token_embeddings(wanted, mean_resizing=True)
+        if _is_tied(model) != tied:
+            # what the official T5 does to a head of v1.1
+            raise UserError(
+                "model.added_tokens: the official class would lose its output layer; use implementation: native"
+            )
         print(f"model: {wanted - there} tokens beyond its vocabulary of {there:,}: embedded at the mean of the others")
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -132,6 +141,12 @@ def _fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     read = inspect.signature(model.forward).parameters
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in read]
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what is saved
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output layer is the embeddings themselves."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _trained(

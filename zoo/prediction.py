@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import pipeline
+from transformers.pipelines.base import PipelineException
 
 from zoo.data import read_rows
 from zoo.errors import RunError, UserError
 from zoo.files import replacing
 from zoo.images import image_column
 from zoo.model_directory import Finished, open_finished
+from zoo.recipe import TASK_TYPES
 
 SHOW_BAR_AFTER_SECONDS = 2
 
@@ -35,6 +37,8 @@ def run(
     first = finished.task.asked[0]
     rows = _rows(finished, file) if file is not None else [{first: one} for one in asked]
     given = [finished.task.ask(row, number, finished.processor) for number, row in enumerate(rows)]
+    if TASK_TYPES[finished.task.name].generates:
+        _check_room(finished, given)
     return _answers(finished, rows, given)
 
 
@@ -73,6 +77,22 @@ def _rows(finished: Finished, file: Path) -> list[dict[str, Any]]:
     return [{role: row[name] for role, name in wanted.items()} for row in rows]
 
 
+def _check_room(finished: Finished, texts: Sequence[str]) -> None:
+    """Raises UserError for a text that leaves a decoder no positions to write at; encoders get texts that are cut."""
+    tokenizer: Any = finished.processor
+    config, positions = finished.model.config, getattr(finished.model.config, "max_position_embeddings", None)
+    if positions is None or config.is_encoder_decoder:
+        return
+    new = getattr(finished.model.generation_config, "max_new_tokens", None) or 1
+    for number, text in enumerate(texts):
+        tokens = len(tokenizer(text)["input_ids"])
+        if tokens + new > positions:
+            raise UserError(
+                f"predict: text {number} has {tokens} tokens and {new} more are written (max_new_tokens), but the "
+                f"model has {positions} positions; shorten it"
+            )
+
+
 def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence[Any]) -> Iterator[dict[str, Any]]:
     recipe, task = finished.recipe, finished.task
     pipeline_class, options = task.pipeline(recipe.task)
@@ -84,9 +104,13 @@ def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence
         (one for one in given), **{"batch_size": recipe.train.get("per_device_eval_batch_size", 8), **options}
     )
     bar = tqdm(answers, total=len(rows), unit=task.asked[0], delay=SHOW_BAR_AFTER_SECONDS, desc="Predicting")
-    for number, (row, answer) in enumerate(zip(rows, bar, strict=True)):
-        named = {role: value for role, value in row.items() if isinstance(value, str)}
-        yield {"id": number, **named, **task.answer(recipe.task, answer)}
+    try:
+        for number, (row, answer) in enumerate(zip(rows, bar, strict=True)):
+            named = {role: value for role, value in row.items() if isinstance(value, str)}
+            yield {"id": number, **named, **task.answer(recipe.task, answer)}
+    except PipelineException as error:
+        # a mask that is behind the cut is not found
+        raise UserError(f"predict: {error}; texts are cut at {recipe.task.max_length} tokens") from error
 
 
 def in_lines(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
