@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from zoo.errors import UserError, did_you_mean
 from zoo.recipe import Augmentation, Pixels
@@ -35,6 +35,8 @@ def open_image(value: Any, where: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         name = f"{value}: " if isinstance(value, str | Path) else ""
         what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        # Pillow names the file once more, or an object in memory
+        what = "it is of no known format" if isinstance(error, UnidentifiedImageError) else what
         raise UserError(f"{where}: {name}cannot be read as an image: {what}; replace or remove it") from error
 
 
@@ -49,21 +51,27 @@ def from_pixels(rows: Dataset, pixels: Pixels, others: list[str], where: str) ->
     for column in columns:
         kind = getattr(rows.features[column], "dtype", "")
         if not kind.startswith(("int", "uint", "float")):
-            raise UserError(f"data.pixels: {where}: column {column!r} holds {kind or 'no numbers'}, and no pixel")
+            what = "text" if kind.endswith("string") else kind or "no numbers"
+            raise UserError(f"data.pixels: {where}: column {column!r} holds {what}, and no pixel")
 
-    def made(batch: dict[str, list]) -> dict[str, list]:
+    def made(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         values = np.stack([np.asarray(batch[column], dtype=np.float64) for column in columns], axis=-1)
         wrong = np.argwhere(~((values >= 0) & (values <= pixels.max)))
         if len(wrong):
-            value = values[tuple(wrong[0])]
-            raise UserError(f"data.pixels: {where}: {value:g} is no pixel from 0 to {pixels.max} (data.pixels.max)")
+            row, column = wrong[0]
+            raise UserError(
+                f"data.pixels: {where} row {numbers[row]}: column {columns[column]!r} holds {values[row, column]:g}, "
+                f"no pixel from 0 to {pixels.max} (data.pixels.max)"
+            )
         grey = np.rint(values * (255 / pixels.max)).astype(np.uint8).reshape(-1, pixels.height, pixels.width)
         return {"image": [{"bytes": _png(picture), "path": None} for picture in grey]}
 
     features = datasets.Features(
         {name: rows.features[name] for name in others} | {"image": datasets.Image(decode=False)}
     )
-    return rows.map(made, batched=True, remove_columns=columns, features=features, desc="Reading pixels")
+    return rows.map(
+        made, batched=True, with_indices=True, remove_columns=columns, features=features, desc="Reading pixels"
+    )
 
 
 def _png(grey: np.ndarray) -> bytes:
