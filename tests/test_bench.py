@@ -123,6 +123,8 @@ def test_settings_of_each_family(family):
 
 def test_a_bench_of_full_rows_and_of_images(tiny_bert, r8, monkeypatch):
     monkeypatch.setattr(zoo.bench.training, "matrix_product_rate", lambda: 1e11)
+    # two processes take long; `test_a_whole_bench` has them
+    monkeypatch.setattr(zoo.bench.training, "_in_own_process", lambda function, *arguments: function(*arguments))
     fields = {
         "name": "gpt",
         "model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},

@@ -1,5 +1,6 @@
 """transformers' Trainer, made right for renamed weights and safe to interrupt."""
 
+import copy
 import json
 import math
 import os
@@ -191,6 +192,15 @@ class ZooTrainer(Trainer):
 
 class WritingTrainer(ZooTrainer, Seq2SeqTrainer):  # type: ignore[misc]
     """Measures what the model writes. While it trains, only if the best checkpoint is chosen by that: it takes long."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.settings = copy.deepcopy(self.model.generation_config)
+
+    def prediction_step(self, *args, **kwargs):
+        # generating writes all that it did not say into the model's own, and then warns of what it finds there
+        self.model.generation_config = copy.deepcopy(self.settings)
+        return super().prediction_step(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **generate):
         measure, chosen_by = self.compute_metrics, str(self.args.metric_for_best_model or "loss")

@@ -61,7 +61,7 @@ def pretraining(family: str, overrides: Sequence[str] = ()) -> Setting:
         task += ["train.metric_for_best_model=loss", "model.path=null"]
         return Setting(load_recipe("bert/finetune-topics", [*task, *model, *overrides]))
     if family == "gpt2":
-        rows = ["task.max_length=1024", "train.per_device_train_batch_size=2"]
+        rows = ["task.max_length=1024", "train.per_device_train_batch_size=4"]
         recipe = load_recipe("gpt2/pretrain-news", [*rows, *model, *overrides])
         return Setting(recipe, KINDS[:1], full_rows=True, probe_steps=3)
     if family == "t5":
