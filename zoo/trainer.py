@@ -195,11 +195,13 @@ class WritingTrainer(ZooTrainer, Seq2SeqTrainer):  # type: ignore[misc]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.settings = copy.deepcopy(self.model.generation_config)
+        model: Any = self.model
+        self.settings = copy.deepcopy(model.generation_config)
 
     def prediction_step(self, *args, **kwargs):
         # generating writes all that it did not say into the model's own, and then warns of what it finds there
-        self.model.generation_config = copy.deepcopy(self.settings)
+        model: Any = self.model
+        model.generation_config = copy.deepcopy(self.settings)
         return super().prediction_step(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **generate):
