@@ -320,5 +320,9 @@ def test_shipped_recipes_run(tmp_path, name):
     code, out, err = zoo("train", name, "--smoke", "--json", "data.limit=24", "--output-dir", "run", cwd=tmp_path)
     assert code == 0, err
     answer = json.loads(out)
-    assert 0 <= answer["test_accuracy"] <= 1 and 0 < answer["test_loss"] < 4
+    writes = "generate:" in text
+    # of words the loss begins near ln 30,522, of classes near ln 8 or 10
+    assert 0 < answer["test_loss"] < (11 if writes else 4)
+    measured = {"gpt2": "test_token_loss", "t5": "test_rouge1"}.get(name.partition("/")[0], "test_accuracy")
+    assert 0 <= answer[measured] <= (11 if measured == "test_token_loss" else 1)
     assert "4/4 [" in err, "a bar shows the steps"
