@@ -1,4 +1,4 @@
-"""Linear layers over packed tokens, by the faster of torch's two matrix libraries.
+"""Linear layers by the faster of torch's two matrix libraries.
 
 torch multiplies fp32 matrices on CPU by MKL. On AMD processors with AVX-512 its other library, oneDNN, is faster:
 forward by about a tenth, gradients of the input by about a seventh; on older AMD processors it is slower.
