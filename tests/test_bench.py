@@ -31,7 +31,7 @@ def recipe(tiny_bert, r8) -> Recipe:
 
 
 def test_a_whole_bench(recipe, monkeypatch):
-    monkeypatch.setattr(zoo.bench.training, "matrix_product_rate", lambda: 1e11)
+    monkeypatch.setattr(zoo.bench.training, "matrix_product_rate", lambda dtype: 1e11)
     result = run(of_recipe(recipe), [32], rounds=1, steps=2)
     (entry,) = result["results"]
     assert (result["recipe"], result["rounds"], entry["max_length"]) == ("tiny", 1, 32)
@@ -122,7 +122,7 @@ def test_settings_of_each_family(family):
 
 
 def test_a_bench_of_full_rows_and_of_images(tiny_bert, r8, monkeypatch):
-    monkeypatch.setattr(zoo.bench.training, "matrix_product_rate", lambda: 1e11)
+    monkeypatch.setattr(zoo.bench.training, "matrix_product_rate", lambda dtype: 1e11)
     # two processes take long; `test_a_whole_bench` has them
     monkeypatch.setattr(zoo.bench.training, "_in_own_process", lambda function, *arguments: function(*arguments))
     fields = {

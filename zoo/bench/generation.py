@@ -5,7 +5,6 @@ Both sides have the same random weights and the same prompts, and write the same
 
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, set_seed
 
 from zoo.bench.settings import SHAPES
-from zoo.bench.training import SIDES
+from zoo.bench.training import SIDES, accelerator_name, device, now
 from zoo.errors import RunError, UserError
 from zoo.fresh import fresh_config
 from zoo.loading import native_class
@@ -54,7 +53,7 @@ def run(family: str, rounds: int, new_tokens: int) -> dict[str, Any]:
         raise UserError(f"--family {family}: generates nothing; there are {', '.join(CASES)}")
     with tqdm(total=len(CASES[family]) * rounds, desc="Measuring", unit="round") as bar:
         results = [_measured(family, case, rounds, new_tokens, bar) for case in CASES[family]]
-    return {"family": family, "rounds": rounds, "new_tokens": new_tokens, "results": results}
+    return {"family": family, "rounds": rounds, "new_tokens": new_tokens, **accelerator_name(), "results": results}
 
 
 def _measured(family: str, case: Case, rounds: int, new_tokens: int, bar: tqdm) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def _sides(family: str, case: Case) -> dict[str, PreTrainedModel]:
     with tempfile.TemporaryDirectory() as directory:
         official.save_pretrained(directory)
         opened = native_class(family, family, AUTO[family]).from_pretrained(directory, dtype=torch.float32)
-    return {"native": opened.eval(), "official": official}
+    return {"native": opened.eval().to(device()), "official": official.to(device())}
 
 
 def _prompts(case: Case, vocabulary: int, left: bool) -> dict[str, torch.Tensor]:
@@ -100,7 +99,7 @@ def _prompts(case: Case, vocabulary: int, left: bool) -> dict[str, torch.Tensor]
     places = torch.arange(longest).expand(len(case.prompts), -1)
     lengths = torch.tensor(case.prompts).unsqueeze(1)
     mask = (places >= longest - lengths if left else places < lengths).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return {"input_ids": (ids * mask).to(device()), "attention_mask": mask.to(device())}
 
 
 def _turn(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int) -> tuple[float, torch.Tensor]:
@@ -109,11 +108,11 @@ def _turn(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: i
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
         decoder_start_token_id=0 if model.config.is_encoder_decoder else None,
     )  # fmt: skip
-    start = time.perf_counter()
+    start = now()
     tokens = model.generate(  # type: ignore[operator]
         **inputs, generation_config=settings
     )
-    return (time.perf_counter() - start) / new_tokens, tokens
+    return (now() - start) / new_tokens, tokens
 
 
 @torch.no_grad()
@@ -127,19 +126,20 @@ def _floor(model: PreTrainedModel, batch: int, repeats: int = 5) -> float:
             weights.append(weight)
         elif type(module).__name__ == "Conv1D":
             weights.append(weight.t().contiguous())
-    rows = {weight.shape[1]: torch.randn(batch, weight.shape[1]) for weight in weights}
+    rows = {weight.shape[1]: torch.randn(batch, weight.shape[1], device=weight.device) for weight in weights}
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now()
         for weight in weights:
             nn.functional.linear(rows[weight.shape[1]], weight)
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return statistics.median(times)
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown, as docs/performance.md shows it."""
-    lines = [f"greedy, {result['new_tokens']} new tokens, fp32; median of {result['rounds']} rounds", ""]
+    place = f", {result['accelerator']}" if "accelerator" in result else ""
+    lines = [f"greedy, {result['new_tokens']} new tokens, fp32{place}; median of {result['rounds']} rounds", ""]
     lines.append("| what | native ms a step | official ms a step | their matrix products alone | ratio (range) |")
     lines.append("|---|---|---|---|---|")
     for entry in result["results"]:

@@ -61,7 +61,13 @@ def run(setting: Setting, max_lengths: Sequence[int], rounds: int, steps: int) -
         turns = len(sized) * len(SIDES) * (rounds * len(setting.kinds) + 2)
         with tqdm(total=turns, desc="Measuring", unit="turn") as bar:
             results = [_one_length(one, rounds, steps, bar) for one in sized]
-    return {"recipe": recipe.name, "environment": _environment(recipe), "rounds": rounds, "results": results}
+    return {
+        "recipe": recipe.name,
+        "environment": _environment(recipe),
+        "precision": str(precision(recipe)).removeprefix("torch."),
+        "rounds": rounds,
+        "results": results,
+    }
 
 
 def _check(recipe: Recipe) -> None:
@@ -96,7 +102,7 @@ def _one_length(setting: Setting, rounds: int, steps: int, bar: tqdm) -> dict[st
     subject = Subject(setting)
     rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in setting.kinds}
     for number in range(rounds):
-        rate = matrix_product_rate()
+        rate = matrix_product_rate(precision(setting.recipe))
         for kind, measured in rows.items():
             # the side that goes first changes from round to round
             order = SIDES if number % 2 == 0 else SIDES[::-1]
@@ -183,9 +189,9 @@ def _turn(subject: Subject, side: str, kind: str, seed: int, steps: int) -> dict
             count = min(EVAL_BATCHES * trainer.args.eval_batch_size, len(subject.table))
             rows = subject.table.shuffle(seed=seed).select(range(count))
             trainer.evaluate(subject.drawn(rows.select(range(min(trainer.args.eval_batch_size, count)))))
-            start = time.perf_counter()
+            start = now()
             trainer.evaluate(subject.drawn(rows))
-            seconds, seen, passes = time.perf_counter() - start, list(rows["row"]), 1
+            seconds, seen, passes = now() - start, list(rows["row"]), 1
         else:
             clock = _Clock()
             trainer.add_callback(clock)
@@ -203,8 +209,9 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == WARM_UP_STEPS:
-            self.start = time.perf_counter()
-        self.seconds = time.perf_counter() - self.start
+            self.start = now()
+        if state.global_step == state.max_steps:
+            self.seconds = now() - self.start
 
 
 class _NotingTrainer(ZooTrainer):
@@ -260,7 +267,7 @@ def _loss_difference(subject: Subject) -> float:
 def _peak_memory(setting: Setting, side: str) -> int:
     with _trainer(Subject(setting), side, 0, setting.probe_steps) as trainer:
         trainer.train()
-    return peak_memory_bytes()
+    return torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else peak_memory_bytes()
 
 
 def _in_own_process(function, *arguments):
@@ -283,10 +290,11 @@ def profile(setting: Setting, max_lengths: Sequence[int], steps: int) -> list[di
                 clock = _ProfilerClock()
                 trainer.add_callback(clock)
                 trainer.train()
-            operations = clock.profiler.key_averages()
-            total = sum(operation.self_cpu_time_total for operation in operations)
-            largest = sorted(operations, key=lambda operation: -operation.self_cpu_time_total)[:PROFILE_ROWS]
-            shares = {operation.key: operation.self_cpu_time_total / total for operation in largest}
+            on = "cpu" if device().type == "cpu" else "device"
+            times = {entry.key: getattr(entry, f"self_{on}_time_total") for entry in clock.profiler.key_averages()}
+            total = sum(times.values())
+            largest = sorted(times, key=lambda name: -times[name])[:PROFILE_ROWS]
+            shares = {name: times[name] / total for name in largest}
             profiles.append(
                 {"max_length": subject.longest, "milliseconds_per_step": total / steps / 1000, "shares": shares}
             )
@@ -297,7 +305,7 @@ class _ProfilerClock(TrainerCallback):
     """Profiles the steps after the warm-up."""
 
     def __init__(self) -> None:
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.profiler = torch.profiler.profile(activities=torch.profiler.supported_activities())
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == WARM_UP_STEPS:
@@ -316,14 +324,34 @@ def profile_table(profiles: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def matrix_product_rate(size: int = 2048, repeats: int = 8) -> float:
-    """fp32 matrix products of this machine, now: operations a second."""
-    a = torch.randn(size, size)
+def device() -> torch.device:
+    """Where the Trainer puts a model: this machine's accelerator, if it has one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def now() -> float:
+    """Seconds, when all that was asked of the accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def matrix_product_rate(dtype: torch.dtype = torch.float32, repeats: int = 8) -> float:
+    """Matrix products of this machine, now: operations a second."""
+    place = device()
+    size = 2048 if place.type == "cpu" else 8192
+    a = torch.randn(size, size, device=place, dtype=dtype)
     a @ a
-    start = time.perf_counter()
+    start = now()
     for _ in range(repeats):
         a @ a
-    return 2 * size**3 * repeats / (time.perf_counter() - start)
+    return 2 * size**3 * repeats / (now() - start)
+
+
+def precision(recipe: Recipe) -> torch.dtype:
+    """Of the recipe's matrix products."""
+    chosen = [dtype for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if recipe.train.get(name)]
+    return chosen[0] if chosen else torch.float32
 
 
 def _summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -340,6 +368,11 @@ def _summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def accelerator_name() -> dict[str, str]:
+    place = device()
+    return {} if place.type == "cpu" else {"accelerator": torch.get_device_module(place).get_device_name()}
+
+
 def _environment(recipe: Recipe) -> dict[str, Any]:
     names = ("torch", "transformers", "accelerate")
     return {
@@ -347,6 +380,7 @@ def _environment(recipe: Recipe) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        **accelerator_name(),
         "official": f"sdpa, dynamic padding, {recipe.train.get('optim', 'adamw_torch_fused')}, same collator and rows",
     }
 
@@ -356,7 +390,7 @@ def table(result: dict[str, Any]) -> str:
     environment = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
     lines = [f"{result['recipe']}: median of {result['rounds']} rounds; {environment}", ""]
     lines.append("| tokens | what | native samples/s | official samples/s | ratio (range) | native / official fraction "
-                 "of fp32 matrix products | their rate |")  # fmt: skip
+                 f"of {result['precision']} matrix products | their rate |")  # fmt: skip
     lines.append("|---|---|---|---|---|---|---|")
     for entry in result["results"]:
         for kind, summary in entry["kinds"].items():
