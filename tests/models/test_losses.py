@@ -204,12 +204,33 @@ def test_a_head_that_is_more_than_linear_is_called(change):
         assert wanted is None or (gradient - wanted).abs().max() < 1e-5
 
 
-def test_autocast_equals_autocast_logits():
-    hidden, head, labels = make(30, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, logits = linear_cross_entropy(hidden, head, labels), head(hidden)
-    assert logits.dtype == torch.bfloat16
-    assert abs(ours - F.cross_entropy(logits.float(), labels)) < 1e-6
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_is_as_near_as_whole_logits_are(dtype):
+    """To the loss and gradients in fp64; the weights stay in fp32, and so do their gradients."""
+    hidden, head, labels = make(2 * CHUNK_ROWS + 37, dtype=torch.float32)
+    leaves = [hidden, *head.parameters()]
+    exact_head, exact = copy.deepcopy(head).double(), hidden.detach().double().requires_grad_()
+    expected = reference(exact, exact_head, labels)
+    wanted = torch.autograd.grad(expected, [exact, *exact_head.parameters()])
+    errors = []
+    for loss in (linear_cross_entropy, lambda *given: F.cross_entropy(head(hidden).float(), labels)):
+        with torch.autocast("cpu", dtype=dtype):
+            found = loss(hidden, head, labels)
+        assert found.dtype == torch.float32
+        gradients = torch.autograd.grad(found, leaves)
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        off = [(a - b).norm() / b.norm() for a, b in zip(gradients, wanted, strict=True)]
+        errors.append(torch.stack([abs(found - expected) / expected, *off]))
+    assert (errors[0] <= 1.1 * errors[1] + 1e-5).all() and (errors[1] < 0.02).all()
+
+
+def test_a_loss_scaled_for_fp16():
+    """By a factor that is more than fp16 holds, where the gradient is not."""
+    hidden, head, labels = make(40, dtype=torch.float16)
+    with torch.no_grad():
+        head.weight.mul_(0.01)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, head, labels, 1) * 2.0**17, [hidden])
+    assert gradient.isfinite().all() and gradient.abs().max() > 100
 
 
 class Largest(TorchDispatchMode):
@@ -223,12 +244,13 @@ class Largest(TorchDispatchMode):
         return output
 
 
-def test_the_logits_are_never_whole():
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_the_logits_are_never_whole(autocast):
     rows = 8 * CHUNK_ROWS
-    hidden, head, labels = make(rows, ignored=0.0)
+    hidden, head, labels = make(rows, ignored=0.0, dtype=torch.float32)
     sizes = {}
     for loss in (linear_cross_entropy, reference):
-        with Largest() as largest:
+        with Largest() as largest, torch.autocast("cpu", enabled=autocast):
             loss(hidden, head, labels).backward()
         sizes[loss] = largest.elements
     assert sizes[reference] == rows * VOCAB

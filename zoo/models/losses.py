@@ -11,52 +11,69 @@ from torch import nn
 from .linear import is_plain, product
 
 CHUNK_ROWS = 256
+# of a chunk's logits on an accelerator, which wants larger pieces: a quarter of a GB in fp32
+CHUNK_ELEMENTS = 2**26
 IGNORED = -100
 
 
+def _chunk_rows(device: torch.device, vocabulary: int) -> int:
+    return CHUNK_ROWS if device.type == "cpu" else max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
+    """dtype: that of the matrix products; sums over rows, and the gradient of the weights, are in fp32 at least."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels):
+    def forward(ctx, hidden, weight, bias, labels, dtype):
+        exact = torch.promote_types(dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        # fp32 at least, whatever the hidden states are
-        exact = torch.promote_types(hidden.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and ctx.needs_input_grad[2] else None
+        low_weight, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = hidden.new_zeros((), dtype=exact)
-        for start in range(0, len(labels), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            logits = product(hidden[rows], weight, bias).to(exact)
-            wanted = labels[rows].unsqueeze(1)
+        step = _chunk_rows(hidden.device, len(weight))
+        for start in range(0, len(labels), step):
+            rows = slice(start, start + step)
+            inputs, wanted = hidden[rows].to(dtype), labels[rows].unsqueeze(1)
+            logits = product(inputs, low_weight, low_bias).to(exact)
             log_norm = logits.logsumexp(-1, keepdim=True)
             total += (log_norm - logits.gather(1, wanted)).sum()
             # softmax minus one-hot
             grad = logits.sub_(log_norm).exp_()
             grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-            grad = grad.to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            grad = grad.to(dtype)
+            grad_hidden[rows] = torch.mm(grad, low_weight)
+            if grad_weight is not None and dtype == exact:
+                grad_weight.addmm_(grad.t(), inputs)
+            elif grad_weight is not None:
+                grad_weight += grad.t() @ inputs
+        given = grad_hidden, *(g if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
+        ctx.save_for_backward(*given)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None
+        # in the precision of the loss: a loss scaled for fp16 may be more than fp16 holds
+        return *(None if x is None else (x.to(grad.dtype) * grad).to(x.dtype) for x in ctx.saved_tensors), None, None
 
 
 def linear_cross_entropy(hidden, head: nn.Module, labels, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
     """Cross entropy of `head(hidden)` against `labels`; rows labelled -100 are left out.
 
     hidden: (rows, hidden); labels: (rows,). The mean over the labelled rows, or their sum over `num_items`, the count
-    of a whole accumulated batch. A head that is more than a plain linear layer (adapters, quantised, hooked, patched),
-    and any under autocast, is called as it is, and its logits are built.
+    of a whole accumulated batch. A head that is more than a plain linear layer (adapters, quantised, hooked, patched)
+    is called as it is, and its logits are built.
     """
     labelled = labels != IGNORED
     hidden, labels = hidden[labelled], labels[labelled]
-    if is_plain(head) and not torch.is_autocast_enabled(hidden.device.type):
-        total = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels)
+    if is_plain(head):
+        device, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            total = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels, dtype)
     else:
         logits = head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
