@@ -459,11 +459,14 @@ def bench_finetune(
 
       zoo bench finetune bert/finetune-topics --max-length 128 --max-length 256
 
-      zoo bench finetune --family roberta
+      zoo bench finetune --family roberta train.per_device_train_batch_size=16
 
       zoo bench finetune bert/finetune-topics --profile
     """
     with _ending(), _only_json(as_json) as answer:
+        if family is not None and recipe is not None and "=" in recipe:
+            # the first of the overrides, where a recipe would stand
+            overrides, recipe = [recipe, *(overrides or [])], None
         if (recipe is None) == (family is None):
             raise UserError("bench finetune: give a recipe, or --family; one of the two")
         from zoo.bench import settings

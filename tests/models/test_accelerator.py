@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.tiny_run import differing, make_recipe, weights
+from tests.tiny_run import STEPS, differing, events, make_recipe, weights
 from zoo.evaluation import run as evaluate
 from zoo.models.ragged import Packing
 from zoo.prediction import run as predict
@@ -84,16 +84,20 @@ def test_packing_there_and_back(padding):
     assert torch.equal(packing.unpack(packed), states * mask.unsqueeze(-1))
 
 
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
-def test_a_run_from_recipe_to_answers(precision, tiny_bert, r8, tmp_path):
-    recipe = make_recipe(tiny_bert, r8, train=precision)
-    metrics = train(recipe, tmp_path / "run")
-    assert metrics["train_loss"] < 1.2 and metrics["test_accuracy"] > 0.4
-    assert evaluate(tmp_path / "run")["test_accuracy"] == pytest.approx(metrics["test_accuracy"], abs=0.05)
-    (answer,) = predict(tmp_path / "run", ["Oil prices rose by 2 dollars a barrel."])
-    assert answer
-    hardware = json.loads((tmp_path / "run" / "environment.json").read_text())["hardware"]
-    assert hardware["accelerators"]
+@pytest.mark.parametrize("precision, tolerance", [({}, 1e-3), ({"bf16": True}, 0.03)], ids=["fp32", "bf16"])
+def test_a_run_from_recipe_to_answers(precision, tolerance, tiny_bert, r8, tmp_path):
+    """Without dropout, whose numbers are drawn elsewhere, its losses are those of a CPU."""
+    still = {"config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
+    losses = []
+    for train_section in ({"use_cpu": True}, precision):
+        folder = tmp_path / str(len(losses))
+        metrics = train(make_recipe(tiny_bert, r8, train=train_section, **still), folder)
+        losses.append([values["loss"] for _, values in events(folder, "train") if "loss" in values])
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance) and len(losses[0]) == STEPS // 3
+    assert evaluate(folder)["test_loss"] == pytest.approx(metrics["test_loss"], rel=tolerance)
+    (answer,) = predict(folder, ["Oil prices rose by 2 dollars a barrel."])
+    assert answer["predicted"] in ("acq", "earn", "crude")
+    assert json.loads((folder / "environment.json").read_text())["hardware"]["accelerators"]
 
 
 def test_a_run_twice_is_the_same(tiny_bert, r8, tmp_path):

@@ -291,7 +291,9 @@ def profile(setting: Setting, max_lengths: Sequence[int], steps: int) -> list[di
                 trainer.add_callback(clock)
                 trainer.train()
             on = "cpu" if device().type == "cpu" else "device"
-            times = {entry.key: getattr(entry, f"self_{on}_time_total") for entry in clock.profiler.key_averages()}
+            # an accelerator's kernels stand beside the operations that start them, and are counted there
+            operations = [x for x in clock.profiler.key_averages() if x.device_type == torch.autograd.DeviceType.CPU]
+            times = {operation.key: getattr(operation, f"self_{on}_time_total") for operation in operations}
             total = sum(times.values())
             largest = sorted(times, key=lambda name: -times[name])[:PROFILE_ROWS]
             shares = {name: times[name] / total for name in largest}

@@ -19,7 +19,7 @@ from .attention import LayerMasks
 from .blocks import Block
 from .embeddings import positions_from
 from .pretrained import ZooPreTrainedModel
-from .ragged import PLAN, Packing, cached_tokens, unpack_output
+from .ragged import PLAN, Packing, cached_tokens, first_tokens, unpack_output
 
 # a class without a config of its own would take part in transformers' guesses at it
 if TYPE_CHECKING:
@@ -157,15 +157,10 @@ class EncoderModel(_Base):
             )  # fmt: skip
         pooled = None
         if self.pooler is not None or pooled_only:
-            pooled = hidden_states if first_only else _first_tokens(hidden_states, packing)
+            pooled = hidden_states if first_only else first_tokens(hidden_states, packing)
             pooled = pooled if self.pooler is None else self.pooler(pooled)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=None if first_only else hidden_states,
             pooler_output=pooled,
             past_key_values=past_key_values if use_cache else None,
         )
-
-
-def _first_tokens(hidden_states: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-    """(batch, length, hidden), or packed (tokens, hidden) -> (batch, hidden)."""
-    return hidden_states[:, 0] if packing is None else packing.first_tokens(hidden_states)

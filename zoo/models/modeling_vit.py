@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
     MaskedImageModelingOutput,
 )
 from transformers.models.vit.configuration_vit import ViTConfig
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LayerMasks
@@ -27,7 +27,7 @@ from .blocks import Block, BlockSpec, make_activation
 from .heads import classification_loss
 from .patches import PatchEmbeddings
 from .pretrained import RECORDED_BY_ENCODERS, VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
-from .ragged import unpack_output, zero_padding
+from .ragged import first_tokens, unpack_output, zero_padding
 
 KEY_MAP = [
     WeightRenaming("encoder.layer", "layers"),
@@ -134,7 +134,9 @@ class ZooViTModel(ZooViTPreTrainedModel):
         pixel_values: (batch, channels, height, width), or a list of (channels, height, width) of several sizes, each a
         multiple of the patch; each image then gets what it gets alone, and behind its patches, up to those of the
         largest, states are 0. attention_mask: (batch, 1 + patches), 0 for a patch that is dropped. bool_masked_pos:
-        (batch, patches), True for one that is hidden by the mask token; not with a list.
+        (batch, patches), True for one that is hidden by the mask token; not with a list. A head that reads the class
+        token alone says `pooled_only=True` and finds it in `pooler_output`; packed, the last layer computes no other,
+        and there is no last hidden state.
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing.")
@@ -153,19 +155,26 @@ class ZooViTModel(ZooViTPreTrainedModel):
             return unpack_output(output, packing)
         return output if real is None else zero_padding(output, real)
 
+    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def _encode(self, embedded, attention_mask, packing=None, **kwargs):
+    def _encode(self, embedded, attention_mask, packing=None, pooled_only=False, **kwargs):
         # only shape, dtype and device of this are read
         grid = embedded if packing is None else embedded.new_empty(1).expand(*embedded.shape[:2], 1)
         hidden_states = embedded if packing is None else packing.pack(embedded)
         masks = LayerMasks(self.config, False, grid, attention_mask, None, packing)
+        recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        first_only = pooled_only and packing is not None and packing.per_sequence and not recorded
         for index, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, masks.of_layer(index), packing=packing, **kwargs)
+            last = index == len(self.layers) - 1
+            hidden_states = layer(
+                hidden_states, masks.of_layer(index), packing=packing, first_only=first_only and last, **kwargs
+            )
         hidden_states = self.layernorm(hidden_states)
         pooled = None
-        if self.pooler is not None:
-            pooled = self.pooler(hidden_states[:, 0] if packing is None else packing.first_tokens(hidden_states))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        if self.pooler is not None or pooled_only:
+            pooled = hidden_states if first_only else first_tokens(hidden_states, packing)
+            pooled = pooled if self.pooler is None else self.pooler(pooled)
+        return BaseModelOutputWithPooling(None if first_only else hidden_states, pooled)
 
 
 class ZooViTForImageClassification(ZooViTPreTrainedModel):
@@ -187,9 +196,9 @@ class ZooViTForImageClassification(ZooViTPreTrainedModel):
     ) -> ImageClassifierOutput:
         output = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask,
-            return_dict=True, **kwargs,
+            pooled_only=True, return_dict=True, **kwargs,
         )  # fmt: skip
-        logits = self.classifier(output.last_hidden_state[:, 0])
+        logits = self.classifier(output.pooler_output)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return ImageClassifierOutput(loss, logits, output.hidden_states, output.attentions)
 

@@ -175,6 +175,11 @@ def padded(values: torch.Tensor, packing: Packing | None, fill: float = 0.0) -> 
     return values if packing is None else packing.unpack(values, fill)
 
 
+def first_tokens(hidden_states: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """(batch, length, hidden), or packed (tokens, hidden) -> (batch, hidden)."""
+    return hidden_states[:, 0] if packing is None else packing.first_tokens(hidden_states)
+
+
 def token_labels(labels: torch.Tensor, packing: Packing | None) -> torch.Tensor:
     """(batch, length) -> one label for each row of states; a packed label at a padded slot is left out."""
     return labels.flatten() if packing is None else packing.pack(labels)
