@@ -1,48 +1,23 @@
 """The command line: parse, load the recipe, call one function of zoo, print."""
 
-import errno
 import io
 import json
 import os
-import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from zoo.errors import Interrupted, RunError, UserError, unexpected
+from zoo.bench.commands import app as bench
+from zoo.console import AsJson, Overrides, RecipeName, Trusted, ending, only_json
+from zoo.errors import UserError
 from zoo.files import json_line
 from zoo.quiet import quiet_libraries
 
-DEBUG = "ZOO_DEBUG"  # set, tracebacks are shown
-# what any look at a file, or any print, may be the first to meet: what to do, and the exit status
-_NO_ROOM = "make room where standard output goes, and the run", 1
-SYSTEM = {
-    errno.ENAMETOOLONG: ("longer than names of files may be; give a shorter one", 2),
-    errno.ENOSPC: _NO_ROOM,
-    errno.EDQUOT: _NO_ROOM,
-    errno.EFBIG: _NO_ROOM,
-}
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-benchmarks = typer.Typer(
-    no_args_is_help=True, help="Measure native against official classes, interleaved in one process."
-)
-app.add_typer(benchmarks, name="bench")
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=3e-5.")
-]
-Trusted = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the directory brings. Read it first.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -52,75 +27,6 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a text may hold what a terminal's encoding does not
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-@contextmanager
-def _ending() -> Iterator[None]:
-    """Turns the ways to fail into words and an exit status: 2 the user's words, 1 the run, 130 and 143 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    except (UserError, RunError) as error:
-        if os.environ.get(DEBUG):
-            traceback.print_exc()
-        _fail(str(error), 2 if isinstance(error, UserError) else 1)
-    except Interrupted as error:
-        _fail(str(error), error.status, "yellow")
-    except KeyboardInterrupt:
-        _fail("interrupted", 130, "yellow")
-    except BrokenPipeError:
-        # whoever read has read enough
-        raise
-    except Exception as error:
-        if isinstance(error, typer.Exit) or os.environ.get(DEBUG):
-            raise
-        if isinstance(error, OSError) and error.errno in SYSTEM:
-            _flush()
-            _fail_of_system(error)
-        _fail(f"{unexpected(error)}; {DEBUG}=1 shows the whole of it: please report it", 1)
-    finally:
-        left = _flush()
-        if isinstance(left, BrokenPipeError):
-            raise typer.Exit(1)
-        if left is not None:
-            _fail_of_system(left)
-
-
-def _fail(said: str, status: int, colour: str = "red") -> NoReturn:
-    typer.secho(f"zoo: {said}", err=True, fg=colour)
-    raise typer.Exit(status) from None
-
-
-def _fail_of_system(error: OSError) -> NoReturn:
-    said, status = SYSTEM.get(error.errno or 0, ("standard output cannot be written", 1))
-    name = "" if error.filename is None else f" ({str(error.filename)[:60]}...)"
-    _fail(f"{error.strerror}{name}: {said}", status)
-
-
-def _flush() -> OSError | None:
-    """What standard output does not take, being full or closed, is dropped: Python would try again when it ends."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise Interrupted(number)
-
-
-@contextmanager
-def _only_json(wanted: bool) -> Iterator[Any]:
-    """With --json, everything a library prints goes to standard error; yields where the answer goes."""
-    answer = sys.stdout
-    if wanted:
-        sys.stdout = sys.stderr
-    try:
-        yield answer
-    finally:
-        sys.stdout = answer
 
 
 @app.command("ls")
@@ -138,7 +44,7 @@ def list_(
 
       zoo ls recipes --json
     """
-    with _ending():
+    with ending():
         from zoo.catalogue import as_text, listed
 
         entries = listed(kind)
@@ -158,7 +64,7 @@ def cp(
 
       zoo cp bert/finetune-topics my-recipe.yaml
     """
-    with _ending():
+    with ending():
         from zoo.catalogue import copy_recipe
 
         copied = copy_recipe(name, file, overwrite)
@@ -179,7 +85,7 @@ def validate(
 
       zoo validate my-recipe.yaml --resolved
     """
-    with _ending():
+    with ending():
         from zoo.recipe_loading import validated
 
         results = [validated(name) for name in recipes]
@@ -204,7 +110,7 @@ def schema(as_json: AsJson = False) -> None:
 
       zoo schema > recipe.schema.json    # then, at a recipe's top: # yaml-language-server: $schema=recipe.schema.json
     """
-    with _ending():
+    with ending():
         from zoo.recipe_loading import json_schema
 
         print(json.dumps(json_schema(), indent=None if as_json else 2))
@@ -229,7 +135,7 @@ def train(
 
       zoo train my-recipe.yaml --smoke
     """
-    with _ending(), _only_json(as_json) as answer:
+    with ending(), only_json(as_json) as answer:
         from zoo.recipe_loading import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
@@ -268,7 +174,7 @@ def evaluate(
 
       zoo evaluate runs/bert-finetune-topics --data new.csv data.columns='{text: body, label: topic}'
     """
-    with _ending(), _only_json(as_json) as answer:
+    with ending(), only_json(as_json) as answer:
         if split not in ("train", "validation", "test"):
             raise UserError(f"--split {split}: it is one of train, validation, test")
         quiet_libraries()
@@ -295,7 +201,7 @@ def predict(
 
       zoo predict runs/bert-finetune-topics --file new.jsonl --output answers.jsonl
     """
-    with _ending(), _only_json(as_json) as answer:
+    with ending(), only_json(as_json) as answer:
         quiet_libraries()
         from zoo import prediction
 
@@ -330,7 +236,7 @@ def push(
 
       HF_ENDPOINT=http://127.0.0.1:8080 zoo push runs/bert-finetune-topics topics
     """
-    with _ending(), _only_json(as_json) as answer:
+    with ending(), only_json(as_json) as answer:
         quiet_libraries()
         from zoo import hub
 
@@ -366,7 +272,7 @@ def serve(
 
       zoo serve hub    # then, elsewhere: export HF_ENDPOINT=... HF_TOKEN=... as it prints
     """
-    with _ending(), _only_json(as_json) as answer:
+    with ending(), only_json(as_json) as answer:
         from zoo.service.server import run
 
         def say(address: str) -> None:
@@ -384,7 +290,7 @@ def doctor(as_json: AsJson = False) -> None:
 
       zoo doctor
     """
-    with _ending(), _only_json(as_json) as answer:
+    with ending(), only_json(as_json) as answer:
         quiet_libraries()
         from zoo.doctor import examine
 
@@ -417,7 +323,7 @@ def baseline(
 
       zoo baseline gpt2/pretrain-news
     """
-    with _ending(), _only_json(as_json) as answer:
+    with ending(), only_json(as_json) as answer:
         from zoo.recipe_loading import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
@@ -431,136 +337,6 @@ def baseline(
         width = max(map(len, found))
         for name, metrics in found.items():
             print(f"{name:<{width}}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
-
-
-Family = Annotated[str | None, typer.Option(help="A native family, in six layers of width 384: zoo ls models.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds, each both sides; the median counts.")]
-Steps = Annotated[int, typer.Option(min=2, help="Training steps a side and round, after one to warm up.")]
-Profile = Annotated[bool, typer.Option("--profile", help="Where a training step's time goes, instead.")]
-Lengths = Annotated[list[int] | None, typer.Option(help="Tokens a text; repeatable. The recipe's own if not given.")]
-NoDropout = Annotated[bool, typer.Option("--no-dropout", help="On neither side.")]
-
-
-@benchmarks.command("finetune")
-def bench_finetune(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, or use --family.")] = None,
-    overrides: Overrides = None,
-    family: Family = None,
-    max_length: Lengths = None,
-    rounds: Rounds = 5,
-    steps: Steps = 4,
-    profile: Profile = False,
-    no_dropout: NoDropout = False,
-    as_json: AsJson = False,
-) -> None:
-    """Fine-tuning and evaluation speed of a recipe as it stands, or of a family on topics of news.
-
-    Examples:
-
-      zoo bench finetune bert/finetune-topics --max-length 128 --max-length 256
-
-      zoo bench finetune --family roberta train.per_device_train_batch_size=16
-
-      zoo bench finetune bert/finetune-topics --profile
-    """
-    with _ending(), _only_json(as_json) as answer:
-        if family is not None and recipe is not None and "=" in recipe:
-            # the first of the overrides, where a recipe would stand
-            overrides, recipe = [recipe, *(overrides or [])], None
-        if (recipe is None) == (family is None):
-            raise UserError("bench finetune: give a recipe, or --family; one of the two")
-        from zoo.bench import settings
-        from zoo.recipe_loading import load_recipe
-
-        if recipe is not None:
-            setting = settings.of_recipe(load_recipe(recipe, overrides or []))
-        else:
-            setting = settings.finetuning(str(family), overrides or [])
-        _bench(setting, max_length, rounds, steps, profile, no_dropout, as_json, answer)
-
-
-@benchmarks.command("pretrain")
-def bench_pretrain(
-    family: Annotated[str, typer.Option(help="A native family, in six layers of width 384: zoo ls models.")],
-    overrides: Overrides = None,
-    max_length: Lengths = None,
-    rounds: Rounds = 5,
-    steps: Steps = 4,
-    profile: Profile = False,
-    no_dropout: NoDropout = False,
-    as_json: AsJson = False,
-) -> None:
-    """Pretraining speed: masked words for the encoders, the next word for GPT in full rows, pairs of texts for T5.
-
-    Examples:
-
-      zoo bench pretrain --family bert
-
-      zoo bench pretrain --family gpt2 --no-dropout
-    """
-    with _ending(), _only_json(as_json) as answer:
-        from zoo.bench import settings
-
-        setting = settings.pretraining(family, overrides or [])
-        _bench(setting, max_length, rounds, steps, profile, no_dropout, as_json, answer)
-
-
-@benchmarks.command("images")
-def bench_images(
-    overrides: Overrides = None,
-    rounds: Rounds = 5,
-    steps: Steps = 4,
-    profile: Profile = False,
-    as_json: AsJson = False,
-) -> None:
-    """Training and evaluation speed of ViT on images of 224 pixels.
-
-    Example:
-
-      zoo bench images model.size=vit-small-patch16-224
-    """
-    with _ending(), _only_json(as_json) as answer:
-        from zoo.bench import settings
-
-        _bench(settings.images(overrides or []), None, rounds, steps, profile, False, as_json, answer)
-
-
-@benchmarks.command("generate")
-def bench_generate(
-    family: Annotated[str, typer.Option(help="gpt2 or t5.")],
-    rounds: Rounds = 5,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 64,
-    as_json: AsJson = False,
-) -> None:
-    """Milliseconds a token of greedy generation, beside those of its matrix products alone.
-
-    Example:
-
-      zoo bench generate --family gpt2
-    """
-    with _ending(), _only_json(as_json) as answer:
-        quiet_libraries()
-        from zoo.bench import generation
-
-        result = generation.run(family, rounds, new_tokens)
-        print(json_line(result) if as_json else generation.table(result), file=answer)
-
-
-def _bench(
-    setting, max_length, rounds: int, steps: int, profile: bool, no_dropout: bool, as_json: bool, answer
-) -> None:
-    quiet_libraries()
-    from dataclasses import replace
-
-    from zoo.bench import training
-
-    setting = replace(setting, dropout=not no_dropout)
-    if profile:
-        shares = training.profile(setting, max_length or [], steps)
-        print(json_line(shares) if as_json else training.profile_table(shares), file=answer)
-    else:
-        result = training.run(setting, max_length or [], rounds, steps)
-        print(json_line(result) if as_json else training.table(result), file=answer)
 
 
 def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, directory: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-import cli
 from tests.commands import zoo
+from zoo.console import ending
 from zoo.errors import UserError
 from zoo.recipe_loading import load_recipe, shipped_recipes
 
@@ -254,15 +254,15 @@ def test_what_nobody_expected(monkeypatch, capsys):
     """The last net: a line and exit status 1, and the whole of it for those who ask."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(typer.Exit) as caught, cli._ending():
+        with pytest.raises(typer.Exit) as caught, ending():
             raise KeyError("nobody")
         said = capsys.readouterr().err
         assert caught.value.exit_code == 1 and said.startswith("zoo: unexpected KeyError: 'nobody' (test_cli.py:")
         assert "ZOO_DEBUG=1 shows the whole of it" in said and said.count("\n") == 1
         monkeypatch.setenv("ZOO_DEBUG", "1")
-        with pytest.raises(KeyError), cli._ending():
+        with pytest.raises(KeyError), ending():
             raise KeyError("nobody")
-        with pytest.raises(typer.Exit) as caught, cli._ending():
+        with pytest.raises(typer.Exit) as caught, ending():
             raise UserError("wrong")
         assert caught.value.exit_code == 2 and "Traceback" in capsys.readouterr().err
     finally:

@@ -1,0 +1,140 @@
+"""`zoo bench`: its commands."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from zoo.console import AsJson, Overrides, ending, only_json
+from zoo.errors import UserError
+from zoo.files import json_line
+from zoo.quiet import quiet_libraries
+
+app = typer.Typer(no_args_is_help=True, help="Measure native against official classes, interleaved in one process.")
+
+Family = Annotated[str | None, typer.Option(help="A native family, in six layers of width 384: zoo ls models.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds, each both sides; the median counts.")]
+Steps = Annotated[int, typer.Option(min=2, help="Training steps a side and round, after one to warm up.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Where a training step's time goes, instead.")]
+Lengths = Annotated[list[int] | None, typer.Option(help="Tokens a text; repeatable. The recipe's own if not given.")]
+NoDropout = Annotated[bool, typer.Option("--no-dropout", help="On neither side.")]
+
+
+@app.command("finetune")
+def finetune(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, or use --family.")] = None,
+    overrides: Overrides = None,
+    family: Family = None,
+    max_length: Lengths = None,
+    rounds: Rounds = 5,
+    steps: Steps = 4,
+    profile: Profile = False,
+    no_dropout: NoDropout = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tuning and evaluation speed of a recipe as it stands, or of a family on topics of news.
+
+    Examples:
+
+      zoo bench finetune bert/finetune-topics --max-length 128 --max-length 256
+
+      zoo bench finetune --family roberta train.per_device_train_batch_size=16
+
+      zoo bench finetune bert/finetune-topics --profile
+    """
+    with ending(), only_json(as_json) as answer:
+        if family is not None and recipe is not None and "=" in recipe:
+            # the first of the overrides, where a recipe would stand
+            overrides, recipe = [recipe, *(overrides or [])], None
+        if (recipe is None) == (family is None):
+            raise UserError("bench finetune: give a recipe, or --family; one of the two")
+        from zoo.bench import settings
+        from zoo.recipe_loading import load_recipe
+
+        if recipe is not None:
+            setting = settings.of_recipe(load_recipe(recipe, overrides or []))
+        else:
+            setting = settings.finetuning(str(family), overrides or [])
+        _bench(setting, max_length, rounds, steps, profile, no_dropout, as_json, answer)
+
+
+@app.command("pretrain")
+def pretrain(
+    family: Annotated[str, typer.Option(help="A native family, in six layers of width 384: zoo ls models.")],
+    overrides: Overrides = None,
+    max_length: Lengths = None,
+    rounds: Rounds = 5,
+    steps: Steps = 4,
+    profile: Profile = False,
+    no_dropout: NoDropout = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pretraining speed: masked words for the encoders, the next word for GPT in full rows, pairs of texts for T5.
+
+    Examples:
+
+      zoo bench pretrain --family bert
+
+      zoo bench pretrain --family gpt2 --no-dropout
+    """
+    with ending(), only_json(as_json) as answer:
+        from zoo.bench import settings
+
+        setting = settings.pretraining(family, overrides or [])
+        _bench(setting, max_length, rounds, steps, profile, no_dropout, as_json, answer)
+
+
+@app.command("images")
+def images(
+    overrides: Overrides = None,
+    rounds: Rounds = 5,
+    steps: Steps = 4,
+    profile: Profile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Training and evaluation speed of ViT on images of 224 pixels.
+
+    Example:
+
+      zoo bench images model.size=vit-small-patch16-224
+    """
+    with ending(), only_json(as_json) as answer:
+        from zoo.bench import settings
+
+        _bench(settings.images(overrides or []), None, rounds, steps, profile, False, as_json, answer)
+
+
+@app.command("generate")
+def generate(
+    family: Annotated[str, typer.Option(help="gpt2 or t5.")],
+    rounds: Rounds = 5,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds a token of greedy generation, beside those of its matrix products alone.
+
+    Example:
+
+      zoo bench generate --family gpt2
+    """
+    with ending(), only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo.bench import generation
+
+        result = generation.run(family, rounds, new_tokens)
+        print(json_line(result) if as_json else generation.table(result), file=answer)
+
+
+def _bench(
+    setting, max_length, rounds: int, steps: int, profile: bool, no_dropout: bool, as_json: bool, answer
+) -> None:
+    quiet_libraries()
+    from zoo.bench import training
+
+    setting = replace(setting, dropout=not no_dropout)
+    if profile:
+        shares = training.profile(setting, max_length or [], steps)
+        print(json_line(shares) if as_json else training.profile_table(shares), file=answer)
+    else:
+        result = training.run(setting, max_length or [], rounds, steps)
+        print(json_line(result) if as_json else training.table(result), file=answer)
