@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
 from tests.models.tiny import SKELETON, VOCAB, config_for, native_class, randomise
-from zoo.loading import assert_same_adapter
 from zoo.trainer import ZooTrainer
+from zoo.weights import assert_same_adapter
 
 ROWS, LENGTH = 24, 9
 

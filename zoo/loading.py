@@ -1,10 +1,9 @@
-"""A model and its processor from a recipe: native or official, its variant; and the proof that its weights arrived."""
+"""A model and its processor from a recipe: native or official, its variant."""
 
 import copy
 import inspect
-import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import httpx2
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,17 +21,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file
 
-from zoo.errors import RunError, UserError, did_you_mean
+from zoo.errors import UserError, did_you_mean
 from zoo.fresh import recipe_config
 from zoo.hub_errors import hub_failure
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe import ModelSection
 from zoo.sources import resolve
+from zoo.weights import assert_same_weights, base_prefix, may_be_new
 
 # what from_pretrained raises for files that are missing, damaged or of the wrong shape
 _LOAD_ERRORS = (
@@ -320,8 +317,8 @@ def _open(path: str, model_class, location, arguments: dict[str, Any], whole: bo
             )
         ) from error
     wrong = {
-        "missing": [key for key in info["missing_keys"] if whole or not _may_be_new(model, key)],
-        "of another shape": [key for key, *_ in info["mismatched_keys"] if whole or not _may_be_new(model, key)],
+        "missing": [key for key in info["missing_keys"] if whole or not may_be_new(model, key)],
+        "of another shape": [key for key, *_ in info["mismatched_keys"] if whole or not may_be_new(model, key)],
         "unexpected": [key for key in info["unexpected_keys"] if whole or _has_a_place(model, key)],
     }
     for kind, keys in wrong.items():
@@ -331,101 +328,11 @@ def _open(path: str, model_class, location, arguments: dict[str, Any], whole: bo
     return model
 
 
-def _base_prefix(model: PreTrainedModel) -> str:
-    """`bert.` where the model is a base with a head on it; nothing where it has no such base, as T5's own classes."""
-    prefix = f"{model.base_model_prefix}."
-    return prefix if any(key.startswith(prefix) for key in model.state_dict()) else ""
-
-
-def _may_be_new(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight may be missing in a checkpoint: a task's head, and the pooler beneath it."""
-    base = _base_prefix(model)
-    return bool(base) and (not key.startswith(base) or key.startswith(f"{base}pooler."))
-
-
 def _has_a_place(model: PreTrainedModel, key: str) -> bool:
     """Whether an unused weight of a checkpoint is of a part that the model has; another task's head is not."""
-    base = _base_prefix(model)
+    base = base_prefix(model)
     parts = {name.removeprefix(base).split(".")[0] for name in model.state_dict() if name.startswith(base)}
     return key.removeprefix(base).split(".")[0] in parts - {"pooler"}
-
-
-def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = False) -> None:
-    """Raises RunError unless the model holds exactly the tensors saved in `directory`, a task's new head aside.
-
-    whole: the directory is this model's own, so nothing may be aside.
-    """
-    state = dict(model.state_dict())
-    held = revert_weight_conversion(model, state)
-    prefix = f"{model.base_model_prefix}."
-    seen, different, unknown = set(), [], []
-    for name, tensor in _saved_tensors(directory):
-        key = next((key for key in _names_in_a_model(name, prefix) if key in held), None)
-        if key is None:
-            unknown.append(name)
-            continue
-        ours = held[key].detach().cpu()
-        # the load has allowed another shape for a head with other labels
-        if tensor.shape == ours.shape or whole:
-            seen.add(key)
-            if ours.is_floating_point() and not bool(torch.isfinite(ours).all()):
-                raise RunError(f"{directory}: {name} holds values that are not finite numbers; the weights are damaged")
-            if tensor.shape != ours.shape or not torch.equal(tensor.to(ours.dtype), ours):
-                different.append(name)
-    what = f"{len(different)} tensors differ, such as {different[0]}" if different else ""
-    if not seen:
-        what = "no tensor was found again"
-    elif not what:
-        # of tied tensors one is saved
-        found = {held[key].data_ptr() for key in seen}
-        found |= {tensor.data_ptr() for key, tensor in state.items() if not whole and _may_be_new(model, key)}
-        lost = [key for key, tensor in held.items() if key not in seen and tensor.data_ptr() not in found]
-        lost += unknown if whole else []
-        what = f"{len(lost)} tensors are in one of them only, such as {lost[0]}" if lost else ""
-    if what:
-        raise RunError(f"the weights in {directory} and in the model are not the same: {what}; please report this")
-
-
-def assert_same_adapter(model: PeftModel, directory: Path) -> None:
-    """Raises RunError unless the active adapter holds exactly the tensors saved in `directory`."""
-    held = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-    saved = load_file(directory / "adapter_model.safetensors")
-    different = [name for name in saved if name not in held or not torch.equal(saved[name], held[name].detach().cpu())]
-    if different or saved.keys() != held.keys():
-        names = ", ".join(sorted(different or set(held) ^ set(saved))[:3])
-        raise RunError(f"the adapter in {directory} did not arrive in the model: {names}; please report this")
-
-
-def _names_in_a_model(name: str, prefix: str) -> Iterator[str]:
-    """What a saved tensor may be called in a model: with or without the base's prefix, old norms by their new names."""
-    new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    for one in (name, new):
-        yield from (one, prefix + one, one.removeprefix(prefix))
-
-
-def _saved_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a checkpoint, in whichever of transformers' forms it has them; one file at a time in memory."""
-    for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickled)):
-        index = directory / f"{stem}.index.json"
-        # transformers takes the one file where there are both
-        if index.exists() and not (directory / stem).exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = [stem] if (directory / stem).exists() else []
-        for name in names:
-            yield from read(directory / name)
-        if names:
-            return
-
-
-def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, framework="pt") as saved:
-        for name in saved.keys():  # noqa: SIM118 (not a dict)
-            yield name, saved.get_tensor(name)
-
-
-def _read_pickled(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from torch.load(file, map_location="cpu", weights_only=True).items()
 
 
 def _unreadable(path: str, what: str, error: BaseException) -> Exception:

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zoo.checkpoints import writing
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
-from zoo.loading import Processor, assert_same_weights, fit_images, load_model, load_processor
+from zoo.loading import Processor, fit_images, load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.tasks import Task, task_of
+from zoo.weights import assert_same_weights
 
 METRICS = "metrics.json"
 NEW = ".model-"

@@ -21,7 +21,7 @@ from zoo.data import WithDraws
 from zoo.errors import RunError
 from zoo.files import json_line, write_json
 from zoo.interrupts import StopAtCheckpoint
-from zoo.loading import assert_same_adapter, assert_same_weights
+from zoo.weights import assert_same_adapter, assert_same_weights
 
 
 class ZooTrainer(Trainer):
