@@ -101,11 +101,11 @@ def test_next_words_are_those_of_the_pipeline(gpt):
 
 def test_a_prompt_that_leaves_no_room_is_refused_at_once(gpt):
     """Seven tokens are written, and the model has 64 positions; the tokenizer adds two of its own."""
-    assert next(zoo.prediction.run(gpt, ["oil " * 55]))["predicted"] is not None
+    assert next(zoo.prediction.run(gpt, ["oil " * 56]))["predicted"] is not None
     with pytest.raises(UserError) as caught:
-        zoo.prediction.run(gpt, ["oil", "oil " * 56])
+        zoo.prediction.run(gpt, ["oil", "oil " * 57])
     assert str(caught.value) == (
-        "predict: text 1 has 58 tokens and 7 more are written (max_new_tokens), but the model has 64 positions; "
+        "predict: text 1 has 59 tokens and 7 more are written (max_new_tokens), but the model has 64 positions; "
         "shorten it"
     )
 

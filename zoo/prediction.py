@@ -86,7 +86,8 @@ def _check_room(finished: Finished, texts: Sequence[str]) -> None:
     new = getattr(finished.model.generation_config, "max_new_tokens", None) or 1
     for number, text in enumerate(texts):
         tokens = len(tokenizer(text)["input_ids"])
-        if tokens + new > positions:
+        # the last token is written and never read
+        if tokens + new - 1 > positions:
             raise UserError(
                 f"predict: text {number} has {tokens} tokens and {new} more are written (max_new_tokens), but the "
                 f"model has {positions} positions; shorten it"
