@@ -59,13 +59,13 @@ def pretraining(family: str, overrides: Sequence[str] = ()) -> Setting:
         # an empty mapping replaces, another is merged
         task = ["task={}", "task={type: fill-mask, max_length: 128}", "data.columns={}", "data.columns={text: Text}"]
         task += ["train.metric_for_best_model=loss", "model.path=null"]
-        return Setting(load_recipe("bert/finetune-topics", [*task, *model, *overrides]))
+        return Setting(load_recipe("bert/finetune-topics", [*task, *model, *overrides]), probe_steps=3)
     if family == "gpt2":
         rows = ["task.max_length=1024", "train.per_device_train_batch_size=4"]
         recipe = load_recipe("gpt2/pretrain-news", [*rows, *model, *overrides])
         return Setting(recipe, KINDS[:1], full_rows=True, probe_steps=3)
     if family == "t5":
-        return Setting(load_recipe("t5/train-headlines", [*model, *overrides]), KINDS[:2])
+        return Setting(load_recipe("t5/train-headlines", [*model, *overrides]), KINDS[:2], probe_steps=3)
     raise UserError(f"--family {family}: reads images; use zoo bench images")
 
 

@@ -36,15 +36,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + step)
             inputs, wanted = hidden[rows].to(dtype), labels[rows].unsqueeze(1)
             logits = product(inputs, low_weight, low_bias).to(exact)
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            total += (log_norm - logits.gather(1, wanted)).sum()
-            # softmax minus one-hot
-            grad = logits.sub_(log_norm).exp_()
+            largest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, wanted)
+            # softmax minus one-hot, where the logits were: these pass through memory as rarely as they can
+            grad = torch.softmax(logits, -1, out=logits)
+            # the largest probability is at least 1 / vocabulary, so that its logarithm gives the norm exactly
+            total += (largest - grad.amax(-1, keepdim=True).log_() - chosen).sum()
             grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(dtype)
-            grad_hidden[rows] = torch.mm(grad, low_weight)
+            grad_hidden[rows] = product(grad, low_weight.t())
             if grad_weight is not None and dtype == exact:
                 grad_weight.addmm_(grad.t(), inputs)
             elif grad_weight is not None:
