@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zoo.models import masks
+from zoo.models import ragged_attention as ragged_attention_module
 from zoo.models.attention import Attention
 from zoo.models.blocks import BlockSpec
 from zoo.models.dropout import keep_mask
@@ -75,7 +77,7 @@ class Case:
         if self.table is not None:
             added = added + self.table[:, self.distances[slots][:, slots]]
         if self.mask is not None:
-            added = added.masked_fill(~self.mask[:queries, :keys], float("-inf"))
+            added = added.masked_fill(self.mask.hidden[:queries, :keys], float("-inf"))
         return added
 
     def reference(self, kept=None, dropout=0.0):
@@ -110,9 +112,18 @@ def assert_same(case, ours, expected):
         assert (gradient - wanted).abs().max() < 1e-12, f"gradient {leaf}"
 
 
+@pytest.fixture(params=[256, 4], ids=["whole", "in blocks"])
+def block(request, monkeypatch) -> int:
+    """Rows of up to 11 tokens in one part, or in several."""
+    for module in (masks, ragged_attention_module):
+        monkeypatch.setattr(module, "BLOCK", request.param)
+    return request.param
+
+
 @paddings
 @patterns
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.usefixtures("block")
 def test_equals_torch_on_each_sequence(padding, pattern, bias):
     case = Case(PADDING[padding], pattern=pattern, bias=bias)
     assert_same(case, case.run(), case.reference())
@@ -121,6 +132,7 @@ def test_equals_torch_on_each_sequence(padding, pattern, bias):
 @paddings
 @patterns
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.usefixtures("block")
 def test_dropout_equals_plain_autograd_with_the_same_keep_mask(padding, pattern, bias):
     case = Case(PADDING[padding], pattern=pattern, bias=bias)
     kept = case.keep_masks(0.3, seed=5)
@@ -128,6 +140,16 @@ def test_dropout_equals_plain_autograd_with_the_same_keep_mask(padding, pattern,
     assert_same(case, case.run(0.3), case.reference(kept, 0.3))
     visible = sum(int(torch.isfinite(case.added(s, len(s), len(s))).sum()) for _, s, _, _ in case.rows())
     assert 0 < sum(int(k.sum()) for k in kept.values()) < visible
+
+
+def test_blocks_leave_out_what_no_query_sees(block):
+    """Pairs of 11 queries and 11 keys: causal in blocks of 4, 4 x 4 + 4 x 8 + 3 x 11; local adds 2 on each side."""
+    packing, device = Packing.full(2, 11, torch.device("cpu")), torch.device("cpu")
+    pairs = {"all": [121], "causal": [16, 32, 33], "local": [24, 32, 15]} if block == 4 else {}
+    for name, pattern in PATTERNS.items():
+        mask = None if pattern is None else document_mask(pattern, 11, device)
+        found = ragged_attention_module.Rows(packing, packing, mask, None).pairs
+        assert found == 2 * pairs.get(name, [121]), name
 
 
 @rates

@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .linear import is_plain, linear
-from .masks import MASKS, Pattern, causal_only, document_mask, document_positions, grid_mask_function
+from .masks import MASKS, DocumentMask, Pattern, causal_only, document_mask, document_positions, grid_mask_function
 from .ragged import Packing
 from .ragged_attention import first_token_attention, ragged_attention
 
@@ -70,11 +70,11 @@ class LayerMasks:
             name: self._grid(name) if rows is None else self._document(name, rows) for name in names
         }
 
-    def of_layer(self, layer_idx: int) -> torch.Tensor | None:
-        """What `Attention` takes: a grid mask of transformers' form, or (length, length) bool for packed rows."""
+    def of_layer(self, layer_idx: int) -> torch.Tensor | DocumentMask | None:
+        """What `Attention` takes: a grid mask of transformers' form, or what packed rows have in common."""
         return self._made[variant_of_layer(self.config, layer_idx)]
 
-    def _document(self, name: str, packing: Packing) -> torch.Tensor | None:
+    def _document(self, name: str, packing: Packing) -> DocumentMask | None:
         if name == FULL and not self.causal:
             return None
         pattern = causal_only if name == FULL else _build_pattern(self.config, name, self.causal)
@@ -145,7 +145,7 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | DocumentMask | None = None,
         position_bias: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -167,7 +167,8 @@ class Attention(nn.Module):
         if packing is not None and kv_packing is not None and packing.per_sequence:
             if self.num_key_value_groups > 1:
                 key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
-            mask, bias = attention_mask, None if position_bias is None else position_bias[0]
+            mask: Any = attention_mask
+            bias = None if position_bias is None else position_bias[0]
             output = ragged_attention(
                 query, key, value, packing, kv_packing,
                 scaling=self.scaling, dropout=dropout, mask=mask, position_bias=bias,
@@ -191,7 +192,7 @@ class Attention(nn.Module):
         output = output.flatten(2)
         return linear(self.o_proj, output if packing is None else packing.pack(output)), weights
 
-    def _may_skip_keys(self, attention_mask: torch.Tensor | None) -> bool:
+    def _may_skip_keys(self, attention_mask: torch.Tensor | DocumentMask | None) -> bool:
         """Whether full attention of one query a row needs nothing of the key and value layers but their weights."""
         plain = is_plain(self.k_proj) and is_plain(self.v_proj)
         return plain and attention_mask is None and self.num_key_value_groups == 1

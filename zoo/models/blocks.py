@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import Attention
 from .dropout import Dropout
 from .linear import linear
+from .masks import DocumentMask
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | DocumentMask | None = None,
         position_bias: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,  # positional, so that gradient checkpointing sees it
         encoder_attention_mask: torch.Tensor | None = None,

@@ -8,10 +8,15 @@ To add one: a function here and its line in MASKS.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 Pattern = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# queries that attend together, to the keys that one of them sees at least
+BLOCK = 256
 
 
 def local(*, causal: bool, window: int) -> Pattern:
@@ -49,7 +54,33 @@ def grid_mask_function(pattern: Pattern, positions: torch.Tensor | None) -> Call
     return lambda batch, head, q_slot, kv_slot: pattern(positions[batch, q_slot], positions[batch, kv_slot])
 
 
-def document_mask(pattern: Pattern, length: int, device: torch.device) -> torch.Tensor:
-    """(length, length) bool, True = visible: the pattern within one document."""
+@dataclass(frozen=True)
+class DocumentMask:
+    """What each query sees of its own document, whichever row that is.
+
+    visible: (length, length) bool, by positions. causal: every key but those after the query, and no other rule.
+    """
+
+    visible: torch.Tensor
+    causal: bool
+
+    @cached_property
+    def hidden(self) -> torch.Tensor:
+        return ~self.visible
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Of each BLOCK of queries the keys, from and to, outside of which none of them sees any."""
+        spans = []
+        for block in self.visible.split(BLOCK):
+            seen = block.any(0).nonzero()
+            # a query that sees nothing gives all keys the same weight
+            blind = not block.any(1).all()
+            spans.append((0, block.shape[1]) if blind else (int(seen[0]), int(seen[-1]) + 1))
+        return spans
+
+
+def document_mask(pattern: Pattern, length: int, device: torch.device) -> DocumentMask:
+    """The pattern within one document of so many tokens."""
     positions = torch.arange(length, device=device)
-    return pattern(positions[:, None], positions[None, :])
+    return DocumentMask(pattern(positions[:, None], positions[None, :]), pattern is causal_only)

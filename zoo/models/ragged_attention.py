@@ -7,12 +7,15 @@ without its tiling: the probabilities of a sequence are kept).
 """
 
 from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .dropout import keep_mask, keep_scale, random_keep
+from .masks import BLOCK, DocumentMask
 from .ragged import Packing
 
 
@@ -25,14 +28,14 @@ def ragged_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    mask: torch.Tensor | None = None,
+    mask: DocumentMask | None = None,
     position_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of each row's queries over the same row's keys.
 
-    query: (query tokens, heads, head_dim); key, value: (key tokens, heads, head_dim). mask: bool, True = visible,
-    (longest row's queries, longest row's keys) on positions within the document. position_bias, for self-attention:
-    (heads, length, length) on slots of the padded grid. Both are cut to each row.
+    query: (query tokens, heads, head_dim); key, value: (key tokens, heads, head_dim). mask: of as many positions as the
+    longest row has. position_bias, for self-attention: (heads, length, length) on slots of the padded grid. Both are
+    cut to each row, and a long row to blocks of queries with the keys that the mask shows them.
     Returns (query tokens, heads, head_dim), zeros for rows without keys.
     """
     rows = Rows(packing, kv_packing, mask, position_bias)
@@ -49,20 +52,32 @@ def ragged_attention(
             outputs.append(torch.zeros_like(q))
             continue
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.added_to_scores(row), scale=scaling)
-        outputs.append(out.squeeze(0).transpose(0, 1))
+        outputs.append(_row_attention(q, k, v, rows, row, scaling).squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
 def _grid_attention(query, key, value, rows: "Rows", scaling: float) -> torch.Tensor:
-    """The same where no slot is padding: one call for the whole batch."""
+    """The same where no slot is padding: all rows together."""
 
     def grid(x, packing):
         return x.view(packing.batch_size, packing.length, *x.shape[1:]).transpose(1, 2)
 
     q, k, v = grid(query, rows.packing), grid(key, rows.kv_packing), grid(value, rows.kv_packing)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.added_to_scores(0), scale=scaling)
-    return out.transpose(1, 2).reshape(query.shape)
+    return _row_attention(q, k, v, rows, 0, scaling).transpose(1, 2).reshape(query.shape)
+
+
+def _row_attention(q, k, v, rows: "Rows", row: int, scaling: float) -> torch.Tensor:
+    """(batch, heads, queries, head_dim) of one row, or of all that are like it."""
+    if rows.mask is not None and rows.mask.causal and rows.position_bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    blocks = [
+        F.scaled_dot_product_attention(
+            q[..., part.queries, :], k[..., part.keys, :], v[..., part.keys, :],
+            attn_mask=rows.added_to_scores(part), scale=scaling,
+        )
+        for part in rows.parts_of(row)
+    ]  # fmt: skip
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
 
 
 def first_token_attention(
@@ -93,56 +108,84 @@ def first_token_attention(
     return output
 
 
-class Rows:
-    """The rows of a packed batch, and what is added to the scores of each."""
+class Part(NamedTuple):
+    """Queries of a row that attend together, and the keys that they see some of; both counted within the row."""
 
-    def __init__(self, packing: Packing, kv_packing: Packing, mask: torch.Tensor | None, position_bias):
-        self.packing, self.kv_packing = packing, kv_packing
-        self.hidden = None if mask is None else ~mask
+    row: int
+    queries: slice
+    keys: slice
+
+
+class Rows:
+    """The rows of a packed batch in parts, and what is added to the scores of each."""
+
+    def __init__(self, packing: Packing, kv_packing: Packing, mask: DocumentMask | None, position_bias):
+        self.packing, self.kv_packing, self.mask = packing, kv_packing, mask
         self.position_bias = position_bias
 
-    @property
+    def parts_of(self, row: int) -> Iterator[Part]:
+        """Each row is one part, unless it is long and the mask hides some of it."""
+        queries, keys = self.packing.lengths[row], self.kv_packing.lengths[row]
+        if self.mask is None or queries <= BLOCK:
+            yield Part(row, slice(0, queries), slice(0, keys))
+            return
+        for start, (first, last) in zip(range(0, queries, BLOCK), self.mask.spans, strict=False):
+            seen = slice(first, min(last, keys)) if first < keys else slice(0, keys)
+            yield Part(row, slice(start, min(start + BLOCK, queries)), seen)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        return [part for row in range(self.packing.batch_size) for part in self.parts_of(row)]
+
+    @cached_property
     def pairs(self) -> list[int]:
-        """Queries times keys of each row."""
-        return [queries * keys for queries, keys in zip(self.packing.lengths, self.kv_packing.lengths, strict=True)]
+        """Queries times keys of each part."""
+        return [_length(part.queries) * _length(part.keys) for part in self.parts]
 
-    def split(self, queries: tuple, keys: tuple, pairs: tuple) -> Iterator[tuple[int, tuple]]:
-        """(row, its parts of each tensor) of each row that has both queries and keys.
+    def split(self, queries: tuple, keys: tuple, pairs: tuple) -> Iterator[tuple[Part, tuple]]:
+        """(part, its share of each tensor) of each part that has both queries and keys.
 
-        (tokens, heads, *) tensors come as views (heads, row's tokens, *), flat ones as (heads, queries, keys).
+        (tokens, heads, *) tensors come as views (heads, the part's tokens, *), flat ones as (heads, queries, keys).
         """
         heads = queries[0].shape[1]
-        by_query = zip(*(x.transpose(0, 1).split(self.packing.lengths, 1) for x in queries), strict=True)
-        by_key = zip(*(x.transpose(0, 1).split(self.kv_packing.lengths, 1) for x in keys), strict=True)
+        sizes = [_length(part.queries) for part in self.parts]
+        by_query = zip(*(x.transpose(0, 1).split(sizes, 1) for x in queries), strict=True)
+        by_row = list(zip(*(x.transpose(0, 1).split(self.kv_packing.lengths, 1) for x in keys), strict=True))
         by_pair = zip(*(x.split([heads * pairs for pairs in self.pairs]) for x in pairs), strict=True)
-        for row, (q, k, p) in enumerate(zip(by_query, by_key, by_pair, strict=True)):
-            if q[0].shape[1] and k[0].shape[1]:
-                yield row, (q, k, tuple(x.view(heads, q[0].shape[1], k[0].shape[1]) for x in p))
+        for part, q, p in zip(self.parts, by_query, by_pair, strict=True):
+            shape = heads, _length(part.queries), _length(part.keys)
+            if 0 in shape:
+                continue
+            k = by_row[part.row]
+            if shape[2] < k[0].shape[1]:
+                k = tuple(x[:, part.keys] for x in k)
+            yield part, (q, k, tuple(x.view(shape) for x in p))
 
-    def hidden_in(self, row: int) -> torch.Tensor | None:
+    def hidden_in(self, part: Part) -> torch.Tensor | None:
         """(queries, keys) bool, True = not visible."""
-        if self.hidden is None:
-            return None
-        return self.hidden[: self.packing.lengths[row], : self.kv_packing.lengths[row]]
+        return None if self.mask is None else self.mask.hidden[part.queries, part.keys]
 
-    def bias_index(self, row: int) -> tuple:
-        """The part of (heads, length, length) that belongs to a row."""
-        slots = self.packing.row_slots[row]
+    def bias_index(self, part: Part) -> tuple:
+        """The share of (heads, length, length) that belongs to a part."""
+        slots = self.packing.row_slots[part.row]
         if slots is not None:
-            return slice(None), slots[:, None], slots[None, :]
+            return slice(None), slots[part.queries, None], slots[None, part.keys]
         # a bias depends on distances alone, so a row without holes may start at 0 wherever it stands
-        length = self.packing.lengths[row]
-        return slice(None), slice(length), slice(length)
+        return slice(None), part.queries, part.keys
 
-    def bias_in(self, row: int) -> torch.Tensor | None:
-        return None if self.position_bias is None else self.position_bias[self.bias_index(row)]
+    def bias_in(self, part: Part) -> torch.Tensor | None:
+        return None if self.position_bias is None else self.position_bias[self.bias_index(part)]
 
-    def added_to_scores(self, row: int) -> torch.Tensor | None:
-        """Mask and bias of one row as scaled_dot_product_attention takes them."""
-        hidden, bias = self.hidden_in(row), self.bias_in(row)
+    def added_to_scores(self, part: Part) -> torch.Tensor | None:
+        """Mask and bias of one part as scaled_dot_product_attention takes them."""
+        hidden, bias = self.hidden_in(part), self.bias_in(part)
         if hidden is None:
             return bias
         return ~hidden if bias is None else bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start
 
 
 def _like_tokens(tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -168,11 +211,11 @@ class _DropoutAttention(torch.autograd.Function):
         signs = random_keep(len(signed), dropout).view(torch.int8).sub_(1)
         out = _like_tokens(query, rows)
         parts = rows.split(queries=(query, out), keys=(key, value), pairs=(signed, signs))
-        for row, ((q, o), (k, v), (probabilities, sign)) in parts:
+        for part, ((q, o), (k, v), (probabilities, sign)) in parts:
             torch.baddbmm(probabilities, q, k.transpose(1, 2), beta=0, alpha=scaling, out=probabilities)
-            if (bias := rows.bias_in(row)) is not None:
+            if (bias := rows.bias_in(part)) is not None:
                 probabilities += bias
-            if (hidden := rows.hidden_in(row)) is not None:
+            if (hidden := rows.hidden_in(part)) is not None:
                 probabilities.masked_fill_(hidden, torch.finfo(probabilities.dtype).min)
             torch.softmax(probabilities, -1, out=probabilities)
             probabilities.copysign_(sign)
@@ -189,23 +232,24 @@ class _DropoutAttention(torch.autograd.Function):
         # the row sum of dP * P, which equals dO . O, dropout or not: (tokens, heads, 1)
         delta = (grad * out).sum(-1, keepdim=True)
         grad = grad * keep_scale(ctx.dropout)
-        grads = [_like_tokens(x, rows) for x in (query, key, value)]
+        # a key has a gradient of each part that sees it
+        grads = [_like_tokens(query, rows), torch.zeros_like(key), torch.zeros_like(value)]
         grad_bias = torch.zeros_like(position_bias, dtype=query.dtype) if ctx.needs_input_grad[3] else None
         grad_query, grad_key, grad_value = grads
         parts = rows.split(
             queries=(query, grad, delta, grad_query), keys=(key, value, grad_key, grad_value), pairs=(signed,)
         )
-        for row, ((q, g, d, gq), (k, v, gk, gv), (probabilities,)) in parts:
+        for part, ((q, g, d, gq), (k, v, gk, gv), (probabilities,)) in parts:
             kept = probabilities.clamp(min=0)
-            gv.copy_(torch.bmm(kept.transpose(1, 2), g))
+            gv.add_(torch.bmm(kept.transpose(1, 2), g))
             # dS = P * (dP - delta), with dP zero where dropped
             scores = torch.bmm(g, v.transpose(1, 2)).mul_(kept)
             scores.addcmul_(probabilities.abs(), d, value=-1)
             gq.copy_(torch.bmm(scores, k))
-            gk.copy_(torch.bmm(scores.transpose(1, 2), q))
+            gk.add_(torch.bmm(scores.transpose(1, 2), q))
             if grad_bias is not None:
                 # the slots of a row are distinct, so adding at an index loses nothing
-                grad_bias[rows.bias_index(row)] += scores
+                grad_bias[rows.bias_index(part)] += scores
         grad_query.mul_(ctx.scaling)
         grad_key.mul_(ctx.scaling)
         grads = [x.to(ctx.save_dtype) for x in grads]
