@@ -72,7 +72,7 @@ def test_the_table_of_sizes():
         ("text-classification, token-classification, fill-mask", 2),  # ALBERT and DistilBERT
         ("text-classification, token-classification, fill-mask, text-generation", 2),  # BERT and RoBERTa as decoders
         ("text-classification, token-classification, text-generation", 1),
-        ("text-classification, token-classification, summarization", 1),
+        ("text-classification, token-classification, span-corruption, summarization", 1),
         ("image-classification", 1),
     ):
         assert lines.count(f"    tasks of recipes: {tasks}") == families

@@ -47,7 +47,7 @@ def card(
     data_name = data_source.shown(recipe.data.path)
     data_card = ModelCardData(
         library_name="transformers",
-        pipeline_tag=task.name,
+        pipeline_tag=task.tag or task.name,
         license=licence,
         base_model=path if model_source is not None and model_source.kind == "hub" else None,
         datasets=[recipe.data.path] if data_source.kind == "hub" else None,
@@ -55,7 +55,7 @@ def card(
         model_name=recipe.name,
         eval_results=[
             EvalResult(
-                task_type=task.name,
+                task_type=task.tag or task.name,
                 dataset_type=re.sub(r"[^\w./-]+", "-", data_name),
                 dataset_name=data_name,
                 dataset_split=split,

@@ -56,6 +56,12 @@ TASK_TYPES = {
     "text-generation": TaskType(
         "Causal language modelling: the next token of a text.", ("text",), ("max_length",), generates=True
     ),
+    "span-corruption": TaskType(
+        "T5's pretraining: the spans that were hidden in a text.",
+        ("text",),
+        ("max_length", "mlm_probability", "mean_noise_span_length"),
+        generates=True,
+    ),
     "summarization": TaskType(
         "A shorter text for a text, by an encoder and a decoder.",
         ("text", "summary"),
@@ -181,6 +187,7 @@ class TaskSection(Section):
     threshold: float | None = Field(default=None, gt=0, lt=1)
     class_weights: Literal["balanced"] | None = None
     mlm_probability: float | None = Field(default=None, gt=0, lt=1)
+    mean_noise_span_length: float | None = Field(default=None, ge=1)
     max_target_length: int | None = Field(default=None, gt=0)
     prefix: Text | None = None
     image_size: int | None = Field(default=None, gt=0)

@@ -7,6 +7,7 @@ from zoo.recipe import TaskSection
 from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.image_classification import IMAGE_CLASSIFICATION
+from zoo.tasks.span_corruption import SPAN_CORRUPTION
 from zoo.tasks.summarization import SUMMARIZATION
 from zoo.tasks.text_classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from zoo.tasks.text_generation import TEXT_GENERATION
@@ -20,6 +21,7 @@ TASKS: dict[str, list[Task]] = {
     "token-classification": [TOKEN_CLASSIFICATION],
     "fill-mask": [FILL_MASK],
     "text-generation": [TEXT_GENERATION],
+    "span-corruption": [SPAN_CORRUPTION],
     "summarization": [SUMMARIZATION],
     "image-classification": [IMAGE_CLASSIFICATION],
 }

@@ -63,7 +63,7 @@ class Task:
     asked: the roles that a prediction wants; ask: (these of a row, its number, processor) -> what a pipeline takes, or
     UserError. pipeline: section -> transformers' own pipeline, or one of ours, and the options of a call. answer: what
     that says, under the names of `predictions.jsonl`. example: what a card asks it; usage: the card's whole code, where
-    transformers has no such pipeline, with a place for `trusted`.
+    transformers has no such pipeline, with a place for `trusted`. tag: the hub's name for it, where that is another.
     """
 
     name: str
@@ -92,6 +92,7 @@ class Task:
     reduce: Callable[..., Any] | None = None
     writes: bool = False
     usage: str | None = None
+    tag: str | None = None
     draws: Literal["all", "train"] | None = None
 
 

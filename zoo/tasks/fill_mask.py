@@ -73,12 +73,12 @@ def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collat
     return collate
 
 
-def _reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+def likeliest(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     """The likeliest tokens: whole logits of an evaluation would fill the memory."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def _metrics(section: TaskSection, labels: Sequence[str], processor: Any):
+def token_metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         predicted, gold = arrays(prediction)
         found = {"accuracy": float((predicted == gold)[gold != IGNORED].mean())}
@@ -116,9 +116,9 @@ FILL_MASK = Task(
     counts=token_counts,
     check=check_length,
     collate=_collate,
-    metrics=_metrics,
+    metrics=token_metrics,
     metric_names=("accuracy", "perplexity"),
-    reduce=_reduce,
+    reduce=likeliest,
     draws="all",
     ask=_ask,
     pipeline=_pipeline,

@@ -19,7 +19,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
 
     def encode(rows: Rows) -> Rows:
         found: Rows = {name: [] for name in ("input_ids", "attention_mask", "labels", "row", "unknown", "tokens")}
-        for row, ids in zip(rows["row"], tokenizer(rows["text"])["input_ids"], strict=True):
+        # verbose: of a text that is longer than the model's inputs, which it may be here
+        for row, ids in zip(rows["row"], tokenizer(rows["text"], verbose=False)["input_ids"], strict=True):
             end = tokenizer.eos_token_id
             whole = ids if end is None or ids[-1:] == [end] else [*ids, end]
             for start in range(0, len(whole), section.max_length):
