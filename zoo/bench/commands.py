@@ -1,7 +1,9 @@
 """`zoo bench`: its commands."""
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -132,9 +134,11 @@ def _bench(
     from zoo.bench import training
 
     setting = replace(setting, dropout=not no_dropout)
-    if profile:
-        shares = training.profile(setting, max_length or [], steps)
-        print(json_line(shares) if as_json else training.profile_table(shares), file=answer)
-    else:
-        result = training.run(setting, max_length or [], rounds, steps)
-        print(json_line(result) if as_json else training.table(result), file=answer)
+    # what reading the data says is no part of the answer
+    with redirect_stdout(sys.stderr):
+        if profile:
+            found: Any = training.profile(setting, max_length or [], steps)
+        else:
+            found = training.run(setting, max_length or [], rounds, steps)
+    shown = training.profile_table if profile else training.table
+    print(json_line(found) if as_json else shown(found), file=answer)

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -222,6 +223,10 @@ class _NotingTrainer(ZooTrainer):
         self.seen_rows: list[list[int]] = []
         self.seen_losses: list[float] = []
 
+    def train(self, *args, **kwargs):
+        # nothing of it is kept, so that a signal ends it at once
+        return super(ZooTrainer, self).train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.seen_rows.append(self.rows)
@@ -273,8 +278,14 @@ def _peak_memory(setting: Setting, side: str) -> int:
 def _in_own_process(function, *arguments):
     """A process of its own, whose peak is that of one side alone."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_libraries) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _quiet() -> None:
+    """Standard output is for the answer, which another process gives."""
+    quiet_libraries()
+    sys.stdout = sys.stderr
 
 
 def profile(setting: Setting, max_lengths: Sequence[int], steps: int) -> list[dict[str, Any]]:
