@@ -68,9 +68,13 @@ def test_the_table_of_sizes():
     assert rows["gpt2"] == ["124.4M", "284.8M", "2.0", "GB", "497.8", "MB", "36.9", "kB"]
     assert rows["gpt3-175b"] == ["174.6B", "358.8G", "2.8", "TB", "698.4", "GB", "4.7", "MB"]
     assert rows["bert-tiny"] == ["4.4M", "9.2M", "70.7", "MB", "17.7", "MB", "-"]
+    sentences = "next-sentence-prediction, sentence-order-prediction"
     for tasks, families in (
-        ("text-classification, token-classification, fill-mask", 2),  # ALBERT and DistilBERT
-        ("text-classification, token-classification, fill-mask, text-generation", 2),  # BERT and RoBERTa as decoders
+        ("text-classification, token-classification, fill-mask", 1),  # DistilBERT
+        # BERT and ALBERT have one class for both objectives of sentences; which one a model learns, it says itself
+        (f"text-classification, token-classification, fill-mask, {sentences}", 1),
+        (f"text-classification, token-classification, fill-mask, {sentences}, text-generation", 1),
+        ("text-classification, token-classification, fill-mask, text-generation", 1),  # RoBERTa as a decoder
         ("text-classification, token-classification, text-generation", 1),
         ("text-classification, token-classification, span-corruption, summarization", 1),
         ("image-classification", 1),

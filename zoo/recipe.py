@@ -53,6 +53,16 @@ TASK_TYPES = {
     "fill-mask": TaskType(
         "Masked language modelling: the words that were hidden in a text.", ("text",), ("max_length", "mlm_probability")
     ),
+    "next-sentence-prediction": TaskType(
+        "BERT's pretraining: hidden words, and whether one piece of text follows another.",
+        ("text",),
+        ("max_length", "mlm_probability"),
+    ),
+    "sentence-order-prediction": TaskType(
+        "ALBERT's pretraining: hidden words, and whether two pieces of text are swapped.",
+        ("text",),
+        ("max_length", "mlm_probability"),
+    ),
     "text-generation": TaskType(
         "Causal language modelling: the next token of a text.", ("text",), ("max_length",), generates=True
     ),

@@ -299,7 +299,8 @@ def encoded(
     if not found.column_names:
         # images were looked at only: they go to the batches as they are
         found = rows.rename_column("label", "labels")
-    return WithDraws(found, seed) if task.draws == "all" or (task.draws and training) else found, "; ".join(words)
+    drawn = task.draws == "all" or (task.draws is not None and training)
+    return WithDraws(found, seed, task.others) if drawn else found, "; ".join(words)
 
 
 def by_rows(task: Task, recipe: Recipe, prediction: EvalPrediction, rows: Sequence[int]) -> EvalPrediction:

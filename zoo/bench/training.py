@@ -146,7 +146,7 @@ class Subject:
         self.longest = self.recipe.task.max_length if texts else None
 
     def drawn(self, rows: Dataset) -> Any:
-        return WithDraws(rows, 0) if self.task.draws == "all" else rows
+        return WithDraws(rows, 0, self.task.others) if self.task.draws == "all" else rows
 
     def operations(self, row: int, model) -> int:
         """Real floating-point operations of a forward pass over a row: its tokens in the blocks, and no padding.

@@ -7,6 +7,7 @@ from zoo.recipe import TaskSection
 from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.image_classification import IMAGE_CLASSIFICATION
+from zoo.tasks.sentence_pairs import NEXT_SENTENCE_PREDICTION, SENTENCE_ORDER_PREDICTION
 from zoo.tasks.span_corruption import SPAN_CORRUPTION
 from zoo.tasks.summarization import SUMMARIZATION
 from zoo.tasks.text_classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL
@@ -20,6 +21,8 @@ TASKS: dict[str, list[Task]] = {
     "text-classification": [SINGLE_LABEL, MULTI_LABEL, REGRESSION],
     "token-classification": [TOKEN_CLASSIFICATION],
     "fill-mask": [FILL_MASK],
+    "next-sentence-prediction": [NEXT_SENTENCE_PREDICTION],
+    "sentence-order-prediction": [SENTENCE_ORDER_PREDICTION],
     "text-generation": [TEXT_GENERATION],
     "span-corruption": [SPAN_CORRUPTION],
     "summarization": [SUMMARIZATION],

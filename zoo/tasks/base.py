@@ -47,7 +47,8 @@ class Task:
     encode: (processor, section) -> a function of a batch of rows, as `Dataset.map` calls it; its columns COUNTED are
     what `counts` puts in words, from the encoded rows, how many rows there were, and the section.
     collate: (processor, section) -> a function of a list of encoded rows to a batch of tensors.
-    draws: the rows whose collate makes random choices, from the `draw` that each of them then carries.
+    draws: the rows whose collate makes random choices, from the `draw` that each of them then carries. others: it wants
+    as `other` a row of another text, too.
     check: raises UserError for a model that cannot read what this section makes.
 
     metrics: (section, label names, processor) -> a function of gathered predictions to numbers, under `metric_names`.
@@ -94,6 +95,7 @@ class Task:
     usage: str | None = None
     tag: str | None = None
     draws: Literal["all", "train"] | None = None
+    others: bool = False
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, section: TaskSection, texts: Sequence[Any], **options) -> Rows:

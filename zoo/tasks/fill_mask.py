@@ -55,12 +55,20 @@ def masked(
     return ids.tolist(), labels.tolist()
 
 
-def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
-    check_padding(tokenizer)
+def mask_probability(section: TaskSection) -> float:
+    return DEFAULT_MLM_PROBABILITY if section.mlm_probability is None else section.mlm_probability
+
+
+def check_mask(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a tokenizer that cannot hide a token."""
     if tokenizer.mask_token is None:
         raise UserError("model: its tokenizer has no mask token, so it cannot learn to fill one")
-    pad = DataCollatorForTokenClassification(tokenizer)
-    probability = DEFAULT_MLM_PROBABILITY if section.mlm_probability is None else section.mlm_probability
+
+
+def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
+    check_padding(tokenizer)
+    check_mask(tokenizer)
+    pad, probability = DataCollatorForTokenClassification(tokenizer), mask_probability(section)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         prepared = []

@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
-from zoo.recipe import DEFAULT_MLM_PROBABILITY, TASK_TYPES, TaskSection
+from zoo.recipe import TASK_TYPES, TaskSection
 from zoo.tasks.base import IGNORED, Collate, Rows, Task, ask_text, check_length, check_padding
-from zoo.tasks.fill_mask import likeliest, token_metrics
+from zoo.tasks.fill_mask import likeliest, mask_probability, token_metrics
 from zoo.tasks.summarization import Summaries
 
 DEFAULT_SPAN_LENGTH = 3.0
@@ -25,8 +25,7 @@ def sentinels(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def hidden_counts(section: TaskSection, length: int) -> tuple[int, int]:
     """(hidden tokens, spans of them) of so many tokens, at least 2: one is hidden at least, and one is not."""
-    share = DEFAULT_MLM_PROBABILITY if section.mlm_probability is None else section.mlm_probability
-    hidden = min(max(round(length * share), 1), length - 1)
+    hidden = min(max(round(length * mask_probability(section)), 1), length - 1)
     spans = max(round(hidden / (section.mean_noise_span_length or DEFAULT_SPAN_LENGTH)), 1)
     return hidden, min(spans, length - hidden)
 
@@ -73,7 +72,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
     length = piece_length(section)
 
     def encode(rows: Rows) -> Rows:
-        found: Rows = {name: [] for name in ("input_ids", "row", "unknown", "tokens")}
+        found: Rows = {name: [] for name in ("input_ids", "row", "piece", "unknown", "tokens")}
         # verbose: of a text that is longer than the model's inputs, which it may be here
         texts = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
         for row, ids in zip(rows["row"], texts, strict=True):
@@ -81,6 +80,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
                 piece = ids[start : start + length]
                 found["input_ids"].append(piece)
                 found["row"].append(row)
+                found["piece"].append(start // length)
                 found["unknown"].append(0 if tokenizer.unk_token_id is None else piece.count(tokenizer.unk_token_id))
                 found["tokens"].append(len(piece))
         return found
