@@ -43,7 +43,7 @@ def models() -> Iterator[dict[str, Any]]:
             "summary": summary,
             "model_type": f"zoo_{name}",
             "classes": classes,
-            "tasks": [task for task in TASK_TYPES if heads.get(task) in classes],
+            "tasks": [task for task in TASK_TYPES if heads[task][0] in classes and heads[task][1] in text],
             "sizes": [{"name": size, **counts[size]} for size, (family, _) in SIZES.items() if family == name],
         }
 
@@ -139,10 +139,11 @@ def copy_recipe(name: str, target: Path, overwrite: bool = False) -> Path:
     return file
 
 
-def _heads_of_tasks() -> dict[str, str]:
-    """Task type -> the Auto class of its head, as each `Task` says them one after the other."""
+def _heads_of_tasks() -> dict[str, tuple[str, str]]:
+    """Task type -> the Auto class of its head and the label that it has besides, as each `Task` says them in a row."""
     texts = (file.read_text(encoding="utf-8") for file in sorted((_PACKAGE / "tasks").glob("*.py")))
-    return dict(pair for text in texts for pair in re.findall(r'name="([\w-]+)",\s+auto_class="(\w+)"', text))
+    said = r'name="([\w-]+)",\s+auto_class="(\w+)",(?:\s+label="(\w+)",)?'
+    return {name: (auto, label) for text in texts for name, auto, label in re.findall(said, text)}
 
 
 def _auto_map(text: str) -> dict[str, str]:

@@ -43,7 +43,8 @@ def ask_text(row: dict[str, Any], number: int, tokenizer: Any) -> Any:
 class Task:
     """What is learned, from a row of data to the words of an answer. A `processor` is a tokenizer, or makes pixels.
 
-    processor: which of them it wants. roles: the columns it reads; labels: how the one it learns is read.
+    processor: which of them it wants. label: what a batch holds besides `labels`, for heads that learn two things.
+    roles: the columns it reads; labels: how the one it learns is read.
     encode: (processor, section) -> a function of a batch of rows, as `Dataset.map` calls it; its columns COUNTED are
     what `counts` puts in words, from the encoded rows, how many rows there were, and the section.
     collate: (processor, section) -> a function of a list of encoded rows to a batch of tensors.
@@ -93,6 +94,7 @@ class Task:
     reduce: Callable[..., Any] | None = None
     writes: bool = False
     usage: str | None = None
+    label: str | None = None
     tag: str | None = None
     draws: Literal["all", "train"] | None = None
     others: bool = False

@@ -204,6 +204,7 @@ print(output.{logits}.softmax(-1))  # {names}"""
 NEXT_SENTENCE_PREDICTION = Task(
     name="next-sentence-prediction",
     auto_class="AutoModelForPreTraining",
+    label="next_sentence_label",
     roles=TASK_TYPES["next-sentence-prediction"].roles,
     labels=None,
     encode=_encode,
@@ -225,6 +226,7 @@ NEXT_SENTENCE_PREDICTION = Task(
 SENTENCE_ORDER_PREDICTION = Task(
     name="sentence-order-prediction",
     auto_class="AutoModelForPreTraining",
+    label="sentence_order_label",
     roles=TASK_TYPES["sentence-order-prediction"].roles,
     labels=None,
     encode=_encode,
