@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import zoo.evaluation
 import zoo.prediction
 from tests.test_runs import read_metrics, write_jsonl
 from tests.test_writing import T5, recipe, texts  # noqa: F401 (a fixture)
+from zoo.data import WithDraws
 from zoo.errors import UserError
 from zoo.recipe import TaskSection
 from zoo.tasks import task_of
@@ -71,29 +73,33 @@ def test_the_draw_decides_alone():
 
 @pytest.mark.parametrize("max_length", [3, 4, 16, 128, 512])
 def test_an_input_is_as_long_as_may_be(max_length):
-    """For 512 tokens the paper's own pieces: 568 tokens, 114 of a target and its end."""
-    length = piece_length(section(max_length=max_length))
+    """For 512 tokens, of which one is the end, the paper's own pieces: 568 tokens, 114 of a target and its end."""
+    length = piece_length(section(max_length=max_length), special=1)
     inputs, targets = corrupted(range(length), section(), range(1000, 1100), [0])
-    assert len(inputs) + 1 == max_length or (max_length == 4 and len(inputs) + 1 == 3) or max_length == 3
+    assert len(inputs) + 1 == max_length
     if max_length == 512:
         assert (length, len(targets) + 1) == (568, 114)
+    assert piece_length(section(max_length=max_length, mlm_probability=0.999999), special=1) >= length
 
 
 def test_a_batch(tiny_bert):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.add_tokens(NAMES)
-    chosen = section(max_length=16)
+    chosen = section(max_length=20, mlm_probability=0.3, mean_noise_span_length=2.0)
     task = task_of(chosen)
-    rows = task.encode(tokenizer, chosen)({"text": ["oil", "oil shares rose " * 9], "row": [0, 1]})
+    rows = task.encode(tokenizer, chosen)({"text": ["oil", "oil shares rose " * 15], "row": [0, 1]})
     assert set(rows["row"]) == {1}, "of a single token nothing can be hidden"
-    batch = task.collate(tokenizer, chosen)(
-        [{"input_ids": ids, "row": 1, "draw": [0, 0, n]} for n, ids in enumerate(rows["input_ids"])]
-    )
+    columns = {name: rows[name] for name in ("input_ids", "row", "piece")}
+    drawn = WithDraws(Dataset.from_dict(columns), seed=0)
+    batch = task.collate(tokenizer, chosen)([drawn[n] for n in range(len(drawn))])
+    places = []
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         ids, labels = ids[mask == 1].tolist(), labels[labels != IGNORED].tolist()
-        assert ids[-1] == labels[-1] == tokenizer.sep_token_id and tokenizer.cls_token_id not in ids
-        found = restored(ids[:-1], labels[:-1], range(len(tokenizer) - 4, len(tokenizer)))
+        assert ids[0] == tokenizer.cls_token_id and ids[-1] == labels[-1] == tokenizer.sep_token_id
+        found = restored(ids[1:-1], labels[:-1], range(len(tokenizer) - 4, len(tokenizer)))
         assert found in rows["input_ids"]
+        places.append([n for n, one in enumerate(ids) if one >= len(tokenizer) - 4])
+    assert len(places) > 1 and places[0] != places[1], "each piece of a text has draws of its own"
 
 
 def test_a_run(tiny_bert, texts, tmp_path):  # noqa: F811
@@ -130,7 +136,7 @@ def test_refused(tiny_bert, texts, tmp_path):  # noqa: F811
         return str(caught.value)
 
     assert "has 1 of the 7 tokens that stand for hidden spans, <extra_id_0> to <extra_id_6>" in refused(texts)
-    assert "task.max_length: 2; a text of two tokens" in refused(texts, max_length=2)
+    assert "task.max_length: 2; two tokens, of which one is hidden, take 4" in refused(texts, max_length=2)
     assert "no AutoModelForSeq2SeqLM" in refused(texts, {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2})
     (tmp_path / "one").mkdir()
     for split in ("train", "test"):

@@ -233,6 +233,19 @@ def test_a_loss_scaled_for_fp16():
     assert gradient.isfinite().all() and gradient.abs().max() > 100
 
 
+def test_a_sum_that_fp16_does_not_hold():
+    """Only the mean must fit, as it does where whole logits are divided first."""
+    torch.manual_seed(0)
+    head = nn.Linear(WIDTH, VOCAB).half()
+    hidden = (10 + torch.randn(8192, WIDTH)).half().requires_grad_()
+    labels = torch.zeros(8192, dtype=torch.long)
+    found = [
+        torch.autograd.grad(loss, head.weight)[0]
+        for loss in (linear_cross_entropy(hidden, head, labels), F.cross_entropy(head(hidden).float(), labels))
+    ]
+    assert found[0].isfinite().all() and (found[0] - found[1]).abs().max() < 0.05
+
+
 class Largest(TorchDispatchMode):
     elements = 0
 

@@ -41,6 +41,11 @@ SIDES = ("native", "official")
 WARM_UP_STEPS = 1
 EVAL_BATCHES = 4
 PROFILE_ROWS = 16
+# what a row of them costs is known
+COUNTED_TASKS = (
+    *("text-classification", "token-classification", "fill-mask", "text-generation", "summarization"),
+    "image-classification",
+)
 
 
 def run(setting: Setting, max_lengths: Sequence[int], rounds: int, steps: int) -> dict[str, Any]:
@@ -75,6 +80,10 @@ def _check(recipe: Recipe) -> None:
     """Raises UserError for what cannot be measured: a row must be one input of the model."""
     if recipe.task.stride is not None:
         raise UserError("bench: task.stride: windows are not measured; remove the key")
+    if recipe.task.type not in COUNTED_TASKS:
+        raise UserError(f"bench: {recipe.task.type} is not measured; there are {', '.join(COUNTED_TASKS)}")
+    if recipe.train.get("use_cpu") and device().type != "cpu":
+        raise UserError("bench: train.use_cpu: both sides run where a Trainer puts them; remove the key")
 
 
 def _start(recipe: Recipe, directory: str) -> Recipe:
@@ -272,7 +281,8 @@ def _loss_difference(subject: Subject) -> float:
 def _peak_memory(setting: Setting, side: str) -> int:
     with _trainer(Subject(setting), side, 0, setting.probe_steps) as trainer:
         trainer.train()
-    return torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else peak_memory_bytes()
+    module = torch.get_device_module(device())
+    return module.max_memory_allocated() if hasattr(module, "max_memory_allocated") else peak_memory_bytes()
 
 
 def _in_own_process(function, *arguments):
@@ -383,7 +393,9 @@ def _summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 def accelerator_name() -> dict[str, str]:
     place = device()
-    return {} if place.type == "cpu" else {"accelerator": torch.get_device_module(place).get_device_name()}
+    # Apple's have no name
+    name = getattr(torch.get_device_module(place), "get_device_name", lambda: place.type)
+    return {} if place.type == "cpu" else {"accelerator": name()}
 
 
 def _environment(recipe: Recipe) -> dict[str, Any]:

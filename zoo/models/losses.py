@@ -11,13 +11,16 @@ from torch import nn
 from .linear import is_plain, product
 
 CHUNK_ROWS = 256
-# of a chunk's logits on an accelerator, which wants larger pieces: a quarter of a GB in fp32
-CHUNK_ELEMENTS = 2**26
+# of a chunk's logits on an accelerator, which wants larger pieces: a quarter of a GB in fp32; but of no more rows, as
+# their gradients, not yet divided, add up in fp16
+CHUNK_ELEMENTS, MAX_CHUNK_ROWS = 2**26, 2048
 IGNORED = -100
 
 
 def _chunk_rows(device: torch.device, vocabulary: int) -> int:
-    return CHUNK_ROWS if device.type == "cpu" else max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+    if device.type == "cpu":
+        return CHUNK_ROWS
+    return min(max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary), MAX_CHUNK_ROWS)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -50,14 +53,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), inputs)
             elif grad_weight is not None:
                 grad_weight += grad.t() @ inputs
-        given = grad_hidden, *(g if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
-        ctx.save_for_backward(*given)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        # in the precision of the loss: a loss scaled for fp16 may be more than fp16 holds
-        return *(None if x is None else (x.to(grad.dtype) * grad).to(x.dtype) for x in ctx.saved_tensors), None, None
+        # divided, or scaled for fp16, in the precision of the loss: sums, and factors, may be more than fp16 holds
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if x is None else (x.to(grad.dtype) * grad).to(dtype) for x, dtype in pairs), None, None
 
 
 def linear_cross_entropy(hidden, head: nn.Module, labels, num_items: torch.Tensor | int | None = None) -> torch.Tensor:

@@ -129,7 +129,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """As the official class; the states of dropped patches are 0.
+        """As the official class; packed, the states of dropped patches are 0.
 
         pixel_values: (batch, channels, height, width), or a list of (channels, height, width) of several sizes, each a
         multiple of the patch; each image then gets what it gets alone, and behind its patches, up to those of the

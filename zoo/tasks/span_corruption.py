@@ -1,5 +1,6 @@
 """T5's pretraining: spans are hidden, each behind a token of its own, and written (arXiv 1910.10683, section 3.1.4)."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import count, takewhile
 from typing import Any
@@ -30,16 +31,18 @@ def hidden_counts(section: TaskSection, length: int) -> tuple[int, int]:
     return hidden, min(spans, length - hidden)
 
 
-def piece_length(section: TaskSection) -> int:
-    """How many tokens become an input of at most `max_length`: what is hidden leaves room for more of the text."""
+def piece_length(section: TaskSection, special: int) -> int:
+    """How many tokens become an input of at most `max_length`, `special` ones of a tokenizer's own among them: what is
+    hidden leaves room for more of the text."""
 
     def of_input(length: int) -> int:
         hidden, spans = hidden_counts(section, length)
-        return length - hidden + spans + 1  # the end of the text
+        return length - hidden + spans + special
 
-    if of_input(2) > section.max_length:
-        raise UserError(f"task.max_length: {section.max_length}; a text of two tokens, one of them hidden, takes 3")
-    return next(length for length in count(2) if of_input(length + 1) > section.max_length)
+    if (least := of_input(2)) > section.max_length:
+        raise UserError(f"task.max_length: {section.max_length}; two tokens, of which one is hidden, take {least}")
+    beyond = next(2**power for power in count(2) if of_input(2**power) > section.max_length)
+    return bisect_right(range(beyond), section.max_length, lo=2, key=of_input) - 1
 
 
 def _split(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
@@ -69,7 +72,7 @@ def corrupted(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
     """Each text whole, in pieces; a last one of a single token, of which nothing could be hidden, is left out."""
-    length = piece_length(section)
+    length = piece_length(section, tokenizer.num_special_tokens_to_add())
 
     def encode(rows: Rows) -> Rows:
         found: Rows = {name: [] for name in ("input_ids", "row", "piece", "unknown", "tokens")}
@@ -91,7 +94,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
 def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
     if len(encoded) == 0:
         raise UserError("data: no text has two tokens, so that one of them could be hidden")
-    length = piece_length(section)
+    length = max(encoded["tokens"])
     hidden, spans = hidden_counts(section, length)
     pieces = f"{len(encoded):,} pieces of at most {length} tokens, {hidden} of them hidden in {spans} spans"
     return f"{texts:,} texts; {pieces}; {sum(encoded['unknown']):,} of {sum(encoded['tokens']):,} tokens unknown"
@@ -99,20 +102,24 @@ def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
 
 def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
     check_padding(tokenizer)
-    needed, there = hidden_counts(section, piece_length(section))[1], sentinels(tokenizer)
+    length = piece_length(section, tokenizer.num_special_tokens_to_add())
+    needed, there = hidden_counts(section, length)[1], sentinels(tokenizer)
     if len(there) < needed:
         raise UserError(
             f"model: its tokenizer has {len(there)} of the {needed} tokens that stand for hidden spans, <extra_id_0> "
             f"to <extra_id_{needed - 1}>; list them under model.added_tokens"
         )
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    # what stands around a text: nothing and its end for T5's own
+    around = tokenizer("")["input_ids"]
+    begin = [one for one in around if one in (tokenizer.cls_token_id, tokenizer.bos_token_id)]
+    end = around[len(begin) :]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         prepared = []
         for row in rows:
-            sides = corrupted(row["input_ids"], section, there, row["draw"])
-            ids, labels = (side if end is None else [*side, end] for side in sides)
+            ids, labels = corrupted(row["input_ids"], section, there, row["draw"])
+            ids, labels = [*begin, *ids, *end], [*labels, *end]
             kept = {"row": row["row"]} if "row" in row else {}
             prepared.append({**kept, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
         return dict(pad(prepared))
