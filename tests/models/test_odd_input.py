@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .tiny import VOCAB, make_pair
+from .tiny import HEADS, VOCAB, make_inputs, make_pair
 
 POSITIONS = 40
 ENCODERS = ["BertForMaskedLM", "RobertaForMaskedLM", "AlbertForMaskedLM", "DistilBertForMaskedLM", "BertLMHeadModel"]
@@ -69,3 +69,15 @@ def test_ids_that_t5_has_none_of(tmp_path):
     for ids, decoder_ids in ((bad, good), (good, bad)):
         with pytest.raises(ValueError, match=rf"token id {VOCAB}: the model has {VOCAB} of them"):
             native(ids, decoder_input_ids=decoder_ids)
+
+
+@pytest.mark.parametrize("family, official", HEADS, ids=[name for _, name in HEADS])
+def test_tuples_where_the_config_wants_them(family, official, tmp_path):
+    """`return_dict: false` in a config; the official GPT-2, T5 and ViT fail at it."""
+    model, native = make_pair(family, official, tmp_path, return_dict=False)
+    inputs = make_inputs(family, official, "none")
+    found = native(**inputs)
+    assert isinstance(found, tuple) and torch.equal(found[0], native(**inputs, return_dict=True)[0])
+    if family not in ("gpt2", "t5", "vit"):
+        theirs = model(**inputs)
+        assert len(theirs) == len(found) and (found[0] - theirs[0]).abs().max() < 1e-5

@@ -83,7 +83,7 @@ class EncoderModel(_Base):
         output = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
             encoder_attention_mask, past_key_values,
-            use_cache=use_cache, packing=packing, **kwargs,
+            use_cache=use_cache, packing=packing, return_dict=True, **kwargs,
         )  # fmt: skip
         return unpack_output(output, packing) if planned_here and packing is not None else output
 

@@ -161,7 +161,7 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
             packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values=past_key_values, **kwargs)
         output = self._decode(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            use_cache=use_cache, packing=packing, **kwargs,
+            use_cache=use_cache, packing=packing, return_dict=True, **kwargs,
         )  # fmt: skip
         return unpack_output(output, packing) if planned_here and packing is not None else output
 

@@ -150,7 +150,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
             embedded, real = self.embeddings.of_sizes([image.to(dtype) for image in pixel_values], interpolate)
             attention_mask = real if attention_mask is None else attention_mask * real
         packing = self.plan_packing(embedded, attention_mask, pooled=True, **kwargs)
-        output = self._encode(embedded, attention_mask, packing=packing, **kwargs)
+        output = self._encode(embedded, attention_mask, packing=packing, return_dict=True, **kwargs)
         if packing is not None:
             return unpack_output(output, packing)
         return output if real is None else zero_padding(output, real)

@@ -193,7 +193,8 @@ class ZooT5Stack(ZooT5PreTrainedModel):
                 packing = None if encoder_packing is None else packing
         output = self._run(
             input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, inputs_embeds, past_key_values,
-            use_cache=use_cache, packing=packing, encoder_packing=encoder_packing, **kwargs,
+            use_cache=use_cache, packing=packing, encoder_packing=encoder_packing, return_dict=True,
+            **kwargs,
         )  # fmt: skip
         return unpack_output(output, packing) if planned_here and packing is not None else output
 
