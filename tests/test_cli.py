@@ -323,6 +323,7 @@ def test_shipped_recipes_run(tmp_path, name):
     writes = "generate:" in text
     # of words the loss begins near ln 30,522, of classes near ln 8 or 10
     assert 0 < answer["test_loss"] < (11 if writes else 4)
-    measured = {"gpt2": "test_token_loss", "t5": "test_rouge1"}.get(name.partition("/")[0], "test_accuracy")
+    of_task = {"text-generation": "test_token_loss", "summarization": "test_rouge1"}
+    measured = of_task.get(load_recipe(name).task.type, "test_accuracy")
     assert 0 <= answer[measured] <= (11 if measured == "test_token_loss" else 1)
     assert "4/4 [" in err, "a bar shows the steps"
