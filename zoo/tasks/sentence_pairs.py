@@ -3,6 +3,7 @@ swapped (ALBERT, arXiv 1909.11942, section 3.1)?"""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from inspect import signature
 from itertools import chain
 from typing import Any
@@ -223,24 +224,17 @@ NEXT_SENTENCE_PREDICTION = Task(
     usage=USAGE.format(logits="seq_relationship_logits", names="next, random"),
     tag="fill-mask",
 )
-SENTENCE_ORDER_PREDICTION = Task(
+SENTENCE_ORDER_PREDICTION = replace(
+    NEXT_SENTENCE_PREDICTION,
     name="sentence-order-prediction",
     auto_class="AutoModelForPreTraining",
     label="sentence_order_label",
     roles=TASK_TYPES["sentence-order-prediction"].roles,
-    labels=None,
-    encode=_encode,
-    counts=_counts,
     check=_check("sentence_order_label", "next-sentence-prediction, or fill-mask"),
     collate=_collate("sentence_order_label", sentence_order),
     metrics=_metrics("sentence_order_accuracy"),
     metric_names=("accuracy", "sentence_order_accuracy"),
-    reduce=_reduce,
-    draws="all",
-    asked=("text", "text_pair"),
-    ask=_ask,
+    others=False,
     pipeline=_pipeline(("in order", "swapped")),
-    answer=_answer,
     usage=USAGE.format(logits="sop_logits", names="in order, swapped"),
-    tag="fill-mask",
 )
