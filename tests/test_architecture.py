@@ -16,6 +16,8 @@ OUTSIDE = {"torch", "transformers", "huggingface_hub"}  # of a model that is shi
 LAYERS = [
     {"errors", "files", "memory", "quiet", "metrics", "report", "sizes"},
     {"service", "hub_errors", "console", "weights"},
+    {"task_types"},
+    {"sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
     {"models", "labels", "interrupts", "images", "checkpoints"},
     {"fresh"},

@@ -11,7 +11,7 @@ from tests.conftest import TOPICS, read_r8, write_csv
 from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.labels import LABEL_KINDS
-from zoo.recipe import DataSection
+from zoo.sections import DataSection
 
 ROLES = ("text", "text_pair", "label")
 ROWS = [(f"text number {n}", "ab"[n % 2]) for n in range(20)]

@@ -15,7 +15,7 @@ import zoo.prediction
 from tests.test_runs import RUNS, files, recipe, write_jsonl
 from zoo.data import load_splits
 from zoo.errors import RunError, UserError
-from zoo.recipe import DataSection
+from zoo.sections import DataSection
 from zoo.train import run, training_arguments
 
 TEXT = "wheat shipments rose"

@@ -19,7 +19,7 @@ from zoo.data import load_splits
 from zoo.errors import RunError, UserError
 from zoo.hub_errors import dataset_failure
 from zoo.loading import load_model, load_processor
-from zoo.recipe import DataSection, ModelSection
+from zoo.sections import DataSection, ModelSection
 
 pytestmark = pytest.mark.usefixtures("online", "no_waiting")
 

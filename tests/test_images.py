@@ -26,7 +26,8 @@ from zoo.data import WithDraws, load_splits
 from zoo.errors import Interrupted, UserError
 from zoo.images import augmented, open_image
 from zoo.loading import load_processor
-from zoo.recipe import Augmentation, DataSection, Recipe
+from zoo.recipe import Recipe
+from zoo.sections import Augmentation, DataSection
 from zoo.tasks import task_of
 from zoo.train import encoded, run
 from zoo.trainer import ZooTrainer

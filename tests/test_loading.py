@@ -16,7 +16,7 @@ from tests.models.tiny import SKELETON, config_for, native_class, randomise
 from zoo.errors import RunError, UserError
 from zoo.loading import load_model, load_processor
 from zoo.models.modeling_bert import ZooBertForSequenceClassification, ZooBertModel
-from zoo.recipe import ModelSection
+from zoo.sections import ModelSection
 from zoo.tasks.base import check_padding
 from zoo.weights import assert_same_adapter, assert_same_weights
 

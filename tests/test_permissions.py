@@ -16,7 +16,7 @@ from tests.test_runs import recipe
 from zoo import hub, prediction
 from zoo.data import load_splits
 from zoo.errors import UserError
-from zoo.recipe import DataSection
+from zoo.sections import DataSection
 from zoo.train import run
 
 NOBODY = 65534

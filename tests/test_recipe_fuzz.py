@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from zoo.errors import UserError
-from zoo.recipe import TASK_TYPES, Recipe, leaves, plain
+from zoo.recipe import Recipe, leaves, plain
 from zoo.recipe_loading import json_schema, load_recipe, shipped_recipes, validated
+from zoo.task_types import TASK_TYPES
 
 SHIPPED = shipped_recipes()["bert/finetune-topics"].read_text()
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

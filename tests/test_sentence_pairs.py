@@ -12,7 +12,7 @@ from tests.conftest import read_r8
 from tests.test_runs import read_metrics, recipe, write_jsonl
 from zoo.data import WithDraws, load_splits
 from zoo.errors import UserError
-from zoo.recipe import DataSection, TaskSection
+from zoo.sections import DataSection, TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.base import IGNORED
 from zoo.tasks.sentence_pairs import cut_pair, next_sentence, sentence_order

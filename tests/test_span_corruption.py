@@ -11,7 +11,7 @@ from tests.test_runs import read_metrics, write_jsonl
 from tests.test_writing import T5, recipe, texts  # noqa: F401 (a fixture)
 from zoo.data import WithDraws
 from zoo.errors import UserError
-from zoo.recipe import TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.base import IGNORED
 from zoo.tasks.span_corruption import corrupted, hidden_counts, piece_length

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, EvalPrediction
 from tests.conftest import NER, read_r8, write_csv
 from zoo.data import WithDraws, load_splits
 from zoo.errors import UserError
-from zoo.recipe import TASK_TYPES, DataSection, TaskSection
 from zoo.recipe_loading import load_recipe
+from zoo.sections import DataSection, TaskSection
+from zoo.task_types import TASK_TYPES
 from zoo.tasks import TASKS, task_of
 from zoo.tasks.base import cut
 from zoo.tasks.classification import calibration_error, weighted_loss

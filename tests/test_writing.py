@@ -14,8 +14,9 @@ import zoo.prediction
 from tests.conftest import read_r8
 from tests.test_runs import read_lines, read_metrics, write_jsonl
 from zoo.errors import UserError
-from zoo.recipe import Recipe, TaskSection
+from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
+from zoo.sections import TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.base import IGNORED
 from zoo.tasks.summarization import rouge

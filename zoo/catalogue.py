@@ -13,9 +13,9 @@ from typing import Any
 
 from zoo.errors import UserError, did_you_mean
 from zoo.files import write_text
-from zoo.recipe import TASK_TYPES
 from zoo.recipe_loading import shipped_recipes
 from zoo.sizes import SIZES
+from zoo.task_types import TASK_TYPES
 
 _PACKAGE = Path(__file__).parent
 _MODELS = _PACKAGE / "models"

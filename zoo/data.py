@@ -20,7 +20,7 @@ from zoo.errors import RunError, UserError, did_you_mean
 from zoo.hub_errors import dataset_failure
 from zoo.images import from_pixels, image_column
 from zoo.labels import NOTHING, LabelKind
-from zoo.recipe import DataSection
+from zoo.sections import DataSection
 from zoo.sources import Source, resolve
 
 # file ending -> the datasets library's name for its reader; recipes may name any other reader

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from zoo.files import sha256
-from zoo.recipe import DataSection, ModelSection, Recipe
+from zoo.recipe import Recipe
+from zoo.sections import DataSection, ModelSection
 from zoo.sources import resolve
 
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy")

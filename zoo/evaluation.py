@@ -10,7 +10,8 @@ from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.loading import set_generation
 from zoo.model_directory import open_finished
-from zoo.recipe import TASK_TYPES, Recipe
+from zoo.recipe import Recipe
+from zoo.task_types import TASK_TYPES
 from zoo.tasks.metrics import OURS
 from zoo.train import build_trainer, encoded, training_arguments
 

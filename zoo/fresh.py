@@ -7,7 +7,7 @@ from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTr
 
 from zoo.errors import UserError, did_you_mean
 from zoo.models import FAMILIES
-from zoo.recipe import ModelSection
+from zoo.sections import ModelSection
 from zoo.sizes import SIZES
 
 # a size's own value goes with that of another field: where that is changed, it means nothing

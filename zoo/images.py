@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from zoo.errors import UserError, did_you_mean
-from zoo.recipe import Augmentation, Pixels
+from zoo.sections import Augmentation, Pixels
 
 # what cannot be shown in 8 bits a channel without choosing what is black and what white
 _TOO_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")

@@ -29,7 +29,7 @@ from zoo.fresh import recipe_config
 from zoo.hub_errors import hub_failure
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
-from zoo.recipe import ModelSection
+from zoo.sections import ModelSection
 from zoo.sources import resolve
 from zoo.weights import assert_same_weights, base_prefix, may_be_new
 

@@ -17,7 +17,7 @@ from zoo.errors import RunError, UserError
 from zoo.files import replacing
 from zoo.images import image_column
 from zoo.model_directory import Finished, open_finished
-from zoo.recipe import TASK_TYPES
+from zoo.task_types import TASK_TYPES
 
 SHOW_BAR_AFTER_SECONDS = 2
 

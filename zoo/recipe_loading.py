@@ -18,8 +18,10 @@ from pydantic_core import ErrorDetails
 from zoo.errors import Keys, Problems, UserError, did_you_mean, shown
 from zoo.files import finite
 from zoo.library_schema import LibraryField, library_fields
-from zoo.recipe import TASK_TYPES, Recipe, Section, leaves, plain
+from zoo.recipe import Recipe, leaves, plain
 from zoo.recipe_yaml import BASE, COMMAND_LINE, RECIPE, Written, display, read_file, read_override
+from zoo.sections import Section
+from zoo.task_types import TASK_TYPES
 
 # Keys of TrainingArguments that this project decides: what to do instead.
 _TRAIN_KEYS = {

@@ -32,8 +32,9 @@ from zoo.files import as_json, write_json, write_text
 from zoo.loading import Processor, fit_images, load_model, load_processor, set_generation
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
-from zoo.recipe import DEFAULT_TARGET_LENGTH, TASK_TYPES, Recipe
+from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
+from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, all_right, own_metrics
 from zoo.trainer import EventLog, WritingTrainer, ZooTrainer

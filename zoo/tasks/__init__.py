@@ -1,9 +1,9 @@
 """Tasks: what a row is for a model, how rows are batched, which head learns them, and how it is measured.
 
-To add one: a `Task` in a file of this folder, its line in TASKS, and its name in `TASK_TYPES` of `zoo/recipe.py`.
+To add one: a `Task` in a file of this folder, its line in TASKS, and its name in `zoo/task_types.py`.
 """
 
-from zoo.recipe import TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.image_classification import IMAGE_CLASSIFICATION

@@ -10,7 +10,7 @@ from transformers import EvalPrediction, Pipeline, PreTrainedModel, PreTrainedTo
 
 from zoo.errors import UserError
 from zoo.labels import LabelKind
-from zoo.recipe import TaskSection
+from zoo.sections import TaskSection
 
 Rows = dict[str, list]  # of a batch, by column
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]

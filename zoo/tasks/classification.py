@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, classification_report, f1_score
 from transformers import EvalPrediction
 
 from zoo.errors import RunError
-from zoo.recipe import TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks.base import Records, Table, arrays
 
 ONE_METRICS = ("accuracy", "f1_macro", "calibration_error")

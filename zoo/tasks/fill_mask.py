@@ -9,7 +9,8 @@ import torch
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
-from zoo.recipe import DEFAULT_MLM_PROBABILITY, TASK_TYPES, TaskSection
+from zoo.sections import TaskSection
+from zoo.task_types import DEFAULT_MLM_PROBABILITY, TASK_TYPES
 from zoo.tasks.base import (
     IGNORED,
     Collate,

@@ -11,7 +11,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from zoo.errors import UserError
 from zoo.images import augmented, open_image
 from zoo.labels import LABEL_KINDS
-from zoo.recipe import TASK_TYPES, TaskSection
+from zoo.sections import TaskSection
+from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import Collate, Rows, Task
 from zoo.tasks.classification import (
     ONE_METRICS,

@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 
 from zoo.errors import UserError, did_you_mean
 from zoo.labels import LABEL_KINDS
-from zoo.recipe import TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks.base import IGNORED, Task
 
 OURS = {file.stem: file for file in sorted((Path(__file__).parents[1] / "metrics").glob("*.py"))}

@@ -14,7 +14,8 @@ from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, EvalPrediction, Pipeline, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
-from zoo.recipe import TASK_TYPES, TaskSection
+from zoo.sections import TaskSection
+from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import IGNORED, Collate, Rows, Task, ask_text, check_length, check_padding
 from zoo.tasks.fill_mask import check_mask, mask_probability, masked
 

@@ -8,7 +8,8 @@ from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, Pipeline, PreTrainedTokenizerBase
 
-from zoo.recipe import DEFAULT_TARGET_LENGTH, TASK_TYPES, TaskSection
+from zoo.sections import TaskSection
+from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
 from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_padding, cut, token_counts
 
 ROUGE = ("rouge1", "rouge2", "rougeL")

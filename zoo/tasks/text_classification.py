@@ -11,7 +11,8 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase, TextClassificationPipeline
 
 from zoo.labels import LABEL_KINDS
-from zoo.recipe import DEFAULT_THRESHOLD, TASK_TYPES, TaskSection
+from zoo.sections import TaskSection
+from zoo.task_types import DEFAULT_THRESHOLD, TASK_TYPES
 from zoo.tasks.base import Collate, Records, Rows, Table, Task, arrays, check_length, check_padding, cut, token_counts
 from zoo.tasks.classification import (
     ONE_METRICS,

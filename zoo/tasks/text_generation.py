@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
-from zoo.recipe import TASK_TYPES, TaskSection
+from zoo.sections import TaskSection
+from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, check_padding
 
 

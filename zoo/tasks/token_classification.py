@@ -7,7 +7,8 @@ import numpy as np
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
 from zoo.labels import LABEL_KINDS
-from zoo.recipe import TASK_TYPES, TaskSection
+from zoo.sections import TaskSection
+from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import (
     IGNORED,
     Collate,

