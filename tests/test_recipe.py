@@ -436,7 +436,8 @@ def test_schema_cache(tmp_path, monkeypatch):
 def test_shipped_recipes(tmp_path):
     package = tmp_path / "site" / "zoo"
     package.mkdir(parents=True)
-    for name in ("__init__", "errors", "files", "library_schema", "recipe", "recipe_loading", "recipe_yaml", "sources"):
+    names = ("__init__", "errors", "files", "library_schema", "recipe", "recipe_loading", "recipe_yaml", "sections")
+    for name in (*names, "sources", "task_types"):
         shutil.copy(REPO / "zoo" / f"{name}.py", package)
     for folder in (tmp_path / "site" / "recipes", package / "_recipes"):
         (folder / "bert").mkdir(parents=True)
