@@ -130,7 +130,7 @@ BAD = {
     "task type": ("text-classification", "text-clasification", "r.yaml:7: task.type: unknown task text-clasification; did you mean text-classification?"),  # noqa: E501
     "our type": ("max_length: 128", "max_length: '128'", "r.yaml:8: task.max_length: expected a whole number"),
     "our range": ("max_length: 128", "max_length: 0", "r.yaml:8: task.max_length: expected greater than 0, got 0"),
-    "share": ("validation: 0.1", "validation: 1", "r.yaml:15: data.validation: expected less than 1, got 1"),
+    "share": ("validation: 0.1", "validation: 1.0", "r.yaml:15: data.validation: expected less than 1, got 1.0"),
     "role": ("{text: Text", "{txt: Text", "r.yaml:14: data.columns.txt: expected 'text', 'text_pair', 'label', 'tokens', 'tags', 'image' or 'summary', got the string 'txt'; did you mean text?"),  # noqa: E501
     "processes": ("seed: 42", "seed: 42\nlaunch: {processes: 2}", "r.yaml:22: launch.processes: expected 1, got 2"),
     "name": ("bert-finetune-topics", "../up", "r.yaml:2: name: '../up' cannot name a directory"),
@@ -195,12 +195,12 @@ def test_alias_bomb_ends_at_once(write):
 
 
 def test_all_problems_at_once_by_line(write):
-    text = TOPICS.replace("type:", "typ:").replace("validation: 0.1", "validation: 2").replace("seed", "sead")
+    text = TOPICS.replace("type:", "typ:").replace("validation: 0.1", "validation: 2.5").replace("seed", "sead")
     lines = refused(write(text), ("train.max_steps=x", "nme=y")).splitlines()
     assert lines == [
         "r.yaml:6: task.type: required, and not there",
         "r.yaml:7: task.typ: unknown key; did you mean type?",
-        "r.yaml:15: data.validation: expected less than 1, got 2",
+        "r.yaml:15: data.validation: expected less than 1, got 2.5",
         "r.yaml:21: train.sead: unknown key; did you mean seed?",
         "command line: train.max_steps=x: expected a whole number, got the string 'x'",
         "command line: nme=y: unknown key; did you mean name?",

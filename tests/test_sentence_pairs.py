@@ -10,8 +10,9 @@ import zoo.evaluation
 import zoo.prediction
 from tests.conftest import read_r8
 from tests.test_runs import read_metrics, recipe, write_jsonl
-from zoo.data import WithDraws, load_splits
+from zoo.data import load_splits
 from zoo.errors import UserError
+from zoo.samples import WithDraws
 from zoo.sections import DataSection, TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.base import IGNORED

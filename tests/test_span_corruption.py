@@ -9,8 +9,8 @@ import zoo.evaluation
 import zoo.prediction
 from tests.test_runs import read_metrics, write_jsonl
 from tests.test_writing import T5, recipe, texts  # noqa: F401 (a fixture)
-from zoo.data import WithDraws
 from zoo.errors import UserError
+from zoo.samples import WithDraws
 from zoo.sections import TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.base import IGNORED

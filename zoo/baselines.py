@@ -49,9 +49,8 @@ def run(recipe: Recipe, split: str = "test") -> dict[str, dict[str, float]]:
 
 
 def _classes(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
-    assert splits.train is not None
     images = "image" in rows.column_names
-    given, asked = (_pixels(part) if images else _texts(part) for part in (splits.train, rows))
+    given, asked = (_pixels(part) if images else _texts(part) for part in (splits.rows, rows))
     methods = {
         "the largest class": DummyClassifier(),
         "logistic regression of pixels" if images else "logistic regression of TF-IDF": make_pipeline(
@@ -60,7 +59,7 @@ def _classes(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[st
         ),
     }
     for name, method in methods.items():
-        predicted = method.fit(given, splits.train["label"]).predict(asked)
+        predicted = method.fit(given, splits.rows["label"]).predict(asked)
         gold = rows["label"]
         yield (
             name,
@@ -86,8 +85,7 @@ def _pixels(rows: Dataset) -> np.ndarray:
 
 def _leads(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
     """The first sentence, whole, and cut to as many words as summaries of train usually have."""
-    assert splits.train is not None
-    usual = int(np.median([len(summary.split()) for summary in splits.train["summary"]]))
+    usual = int(np.median([len(summary.split()) for summary in splits.rows["summary"]]))
     leads = [SENTENCE.match(text.strip()).group() for text in rows["text"]]
     gold = list(rows["summary"])
     yield "the lead sentence", rouge(gold, leads)
@@ -104,9 +102,9 @@ def _tokens(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str
     of the counts of the measured text itself, which no unigram model of it can undercut; that of its bigrams falls with
     every pair that occurs once, and is no floor for anything.
     """
-    assert splits.train is not None and splits.validation is not None
+    assert splits.validation is not None
     tokenizer = load_processor(recipe.model, "tokenizer")
-    train, tuned, asked = (_pieces(recipe, tokenizer, part) for part in (splits.train, splits.validation, rows))
+    train, tuned, asked = (_pieces(recipe, tokenizer, part) for part in (splits.rows, splits.validation, rows))
     once, twice = Counter(t for piece in train for t in piece), Counter(p for piece in train for p in _pairs(piece))
     first = Counter(a for piece in train for a in piece[:-1])
     total, size = sum(once.values()), len(tokenizer)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def card(
     path = recipe.model.path
     model_source = None if path is None else resolve(path, kind="model", revision=recipe.model.revision)
     start = recipe.model.start if path is None or model_source is None else model_source.shown(path)
-    data_source = resolve(recipe.data.path, kind="dataset", revision=recipe.data.revision)
+    data_sources = [resolve(part.path, kind="dataset", revision=part.revision) for part in recipe.data.parts]
     prefix = "test_" if any(name.startswith("test_") for name in metrics) else "eval_"
     split = "test" if prefix == "test_" else "validation"
     measured = {
@@ -43,14 +43,17 @@ def card(
         if name.startswith(prefix) and not name.endswith(_NOT_RESULTS)
     }
     licence = recipe.hub.license or _licence_of_start(model_source) or "unknown"
-    data_licence = recipe.hub.data_license or _licence(data_source, DatasetCard)
-    data_name = data_source.shown(recipe.data.path)
+    data_licence = recipe.hub.data_license or ", ".join(
+        dict.fromkeys(filter(None, (_licence(one, DatasetCard) for one in data_sources)))
+    )
+    paths = [part.path for part in recipe.data.parts]
+    data_name = ", ".join(source.shown(path) for source, path in zip(data_sources, paths, strict=True))
     data_card = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.tag or task.name,
         license=licence,
         base_model=path if model_source is not None and model_source.kind == "hub" else None,
-        datasets=[recipe.data.path] if data_source.kind == "hub" else None,
+        datasets=[path for source, path in zip(data_sources, paths, strict=True) if source.kind == "hub"] or None,
         tags=["transformer-zoo"],
         model_name=recipe.name,
         eval_results=[
@@ -82,7 +85,7 @@ def card(
             ("", ""),
             [
                 ("start", f"{start}{_hash(model_source) if model_source else ''}"),
-                ("data", f"{data_name}{_hash(data_source)}"),
+                ("data", f"{data_name}{''.join(map(_hash, data_sources))}"),
                 ("seed", str(recipe.train.get("seed", 42))),
                 ("transformers", str(environment["versions"]["transformers"])),
                 ("commit", str(environment["git_commit"] or "none")),

@@ -7,11 +7,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
+from huggingface_hub import HfApi
 
 from zoo.files import sha256
 from zoo.recipe import Recipe
-from zoo.sections import DataSection, ModelSection
+from zoo.sections import DataSection, ModelSection, SourceSection
 from zoo.sources import resolve
 
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy")
@@ -35,7 +37,7 @@ def environment(recipe: Recipe, world_size: int, model_commit: str | None = None
         "world_size": world_size,
         "git_commit": _git_commit(recipe.file),
         "model": _model(recipe.model) | ({"commit": model_commit} if model_commit else {}),
-        "data": _data(recipe.data),
+        "data": data_of(recipe.data),
     }
 
 
@@ -81,15 +83,22 @@ def _model(section: ModelSection) -> dict[str, Any]:
     return found if section.path is not None else {"start": section.start, "tokenizer": found}
 
 
-def _data(section: DataSection) -> dict[str, Any]:
-    source = resolve(section.path, kind="dataset", revision=section.revision, files=list(section.files.values()))
+def data_of(section: DataSection) -> dict[str, Any]:
+    """Where the rows come from, with hashes; of a mixture all its parts."""
+    if section.mixture:
+        return {"mixture": [_source(part) | {"weight": part.weight} for part in section.mixture]}
+    return _source(section)
+
+
+def _source(section: SourceSection) -> dict[str, Any]:
+    source = resolve(section.place, kind="dataset", revision=section.revision, files=list(section.files.values()))
     found: dict[str, Any] = {
-        "path": source.shown(section.path),
+        "path": source.shown(section.place),
         "revision": section.revision,
         "sha256": source.fingerprint,
     }
     if source.kind == "hub":
-        return found
+        return found | {"commit": _commit(str(source.location), section.revision)}
     location = Path(source.location)
     if section.files:
         files = {name: location / name for name in section.files.values()}
@@ -101,3 +110,26 @@ def _data(section: DataSection) -> dict[str, Any]:
     if sum(sizes.values()) <= MAX_HASHED_BYTES:
         return found | {"files": {name: sha256(path) for name, path in files.items()}}
     return found | {"file_bytes": sizes}
+
+
+def _commit(repo: str, revision: str | None) -> str | None:
+    """What a revision of a data set is, if the hub can be asked."""
+    try:
+        return HfApi().dataset_info(repo, revision=revision, timeout=10).sha
+    except (httpx2.HTTPError, OSError):
+        return None
+
+
+def changed(before: Any, after: Any) -> list[str]:
+    """Names of what differs between two records of `data_of`; what one of them does not know is taken for the same."""
+    if isinstance(before, list) and isinstance(after, list):
+        return [name for pair in zip(before, after, strict=True) for name in changed(*pair)]
+    found = []
+    for key in before.keys() & after.keys():
+        one, other = before[key], after[key]
+        if isinstance(one, dict | list):
+            found += changed(one, other)
+        elif one != other and None not in (one, other):
+            found.append(key)
+    missing = before.keys() ^ after.keys() if "path" not in before else set()
+    return sorted({*found, *missing})

@@ -17,13 +17,15 @@ NOTHING = "; remove the row, or if it is a word such as NA or null, set data.opt
 class LabelKind:
     """names: of the classes in train, in order. numbered: rows of a split with labels as a model reads them.
 
-    role: the column. in_proportion: rows are held out so that each label keeps its share.
+    role: the column. in_proportion: rows are held out so that each label keeps its share. declared: names that need no
+    look at the data.
     """
 
     role: str
     names: Callable[[Dataset], list[str]]
     numbered: Callable[[Dataset, str, list[str]], Dataset]
     in_proportion: bool = False
+    declared: list[str] | None = None
 
 
 def _is_missing(feature: Any, label: Any) -> bool:
@@ -121,10 +123,11 @@ def _classes_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
 
 # A number
 
+ONE_OUTPUT = ["LABEL_0"]  # transformers' own name for it
+
 
 def _numeric_names(train: Dataset) -> list[str]:
-    # transformers' own name for the one output
-    return ["LABEL_0"]
+    return ONE_OUTPUT
 
 
 def _numeric(rows: Dataset, split: str, names: list[str]) -> Dataset:
@@ -162,6 +165,6 @@ def _tag_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
 LABEL_KINDS: dict[str, LabelKind] = {
     "class": LabelKind("label", _class_names, _class_numbers, in_proportion=True),
     "classes": LabelKind("label", _classes_names, _classes_numbers),
-    "number": LabelKind("label", _numeric_names, _numeric),
+    "number": LabelKind("label", _numeric_names, _numeric, declared=ONE_OUTPUT),
     "tags": LabelKind("tags", _tag_names, _tag_numbers),
 }

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from transformers import pipeline
 from transformers.pipelines.base import PipelineException
 
-from zoo.data import read_rows
 from zoo.errors import RunError, UserError
 from zoo.files import replacing
 from zoo.images import image_column
 from zoo.model_directory import Finished, open_finished
+from zoo.reading import read_rows
 from zoo.task_types import TASK_TYPES
 
 SHOW_BAR_AFTER_SECONDS = 2

@@ -16,7 +16,7 @@ from ruamel.yaml.nodes import Node
 from ruamel.yaml.representer import SafeRepresenter
 
 from zoo.errors import Keys
-from zoo.sections import DataSection, HubSection, LaunchSection, ModelSection, Section, TaskSection
+from zoo.sections import DataSection, HubSection, LaunchSection, ModelSection, Section, SourceSection, TaskSection
 from zoo.task_types import TASK_TYPES
 
 
@@ -52,11 +52,28 @@ class Recipe(Section):
         roles = TASK_TYPES[self.task.type].roles
         if self.generate and not TASK_TYPES[self.task.type].generates:
             yield ("generate",), f"{self.task.type} generates nothing; remove the section"
-        if self.data.pixels is not None and "image" not in roles:
-            yield ("data", "pixels"), f"{self.task.type} reads no images; remove the key"
-        for role in self.data.columns:
-            if role not in roles:
-                yield ("data", "columns", role), f"{self.task.type} does not read it; its roles are {', '.join(roles)}"
+        sources: list[tuple[Keys, SourceSection]] = [((), self.data)]
+        sources += [(("mixture", number), part) for number, part in enumerate(self.data.mixture)]
+        for keys, source in sources:
+            if source.pixels is not None and "image" not in roles:
+                yield ("data", *keys, "pixels"), f"{self.task.type} reads no images; remove the key"
+            for role in source.columns:
+                if role not in roles:
+                    text = f"{self.task.type} does not read it; its roles are {', '.join(roles)}"
+                    yield ("data", *keys, "columns", role), text
+        if self.data.streaming:
+            yield from self._stream_contradictions()
+
+    def _stream_contradictions(self) -> Iterator[tuple[Keys, str]]:
+        if self.train.get("max_steps", -1) <= 0:
+            yield ("train", "max_steps"), "required with data.streaming: a stream has no end of its own"
+        if self.train.get("dataloader_num_workers", 0):
+            text = "a stream is read ahead by a thread of its own, so that a run can go on where it was; remove the key"
+            yield ("train", "dataloader_num_workers"), text
+        if self.train.get("train_sampling_strategy", "random") != "random":
+            yield ("train", "train_sampling_strategy"), "a stream comes in blocks that are shuffled; remove the key"
+        if self.task.class_weights is not None:
+            yield ("task", "class_weights"), "of a stream it is not known how often a class comes; remove the key"
 
     @field_validator("name")
     @classmethod
@@ -134,8 +151,14 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as mappings. An unset optional field of ours is left out; a null inside a verbatim section stays."""
     sections: dict[str, Any] = {}
     for key, value in recipe:
-        sections[key] = _plain_section(value) if isinstance(value, Section) else value
+        sections[key] = _plain(value)
     return sections
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return _plain_section(value) if isinstance(value, Section) else value
 
 
 def _plain_section(section: Section) -> dict[str, Any]:
@@ -145,7 +168,7 @@ def _plain_section(section: Section) -> dict[str, Any]:
         else set(type(section).model_fields)
     )
     values = {key: value for key, value in section if key in read and value is not None}
-    return {key: _plain_section(value) if isinstance(value, Section) else value for key, value in values.items()}
+    return {key: _plain(value) for key, value in values.items()}
 
 
 def leaves(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

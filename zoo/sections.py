@@ -3,6 +3,7 @@
 Nothing here imports torch or transformers.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -14,6 +15,11 @@ from zoo.errors import Keys, did_you_mean
 from zoo.task_types import TASK_TYPES, Role
 
 Text = Annotated[str, Field(min_length=1)]
+# a share of the rows, or how many
+Share = Annotated[
+    Annotated[float, Field(gt=0, lt=1), Tag("share")] | Annotated[int, Field(gt=0), Tag("rows")],
+    Discriminator(lambda value: "rows" if type(value) is int else "share"),
+]
 
 
 class Section(BaseModel):
@@ -157,16 +163,14 @@ class Pixels(Section):
     max: int = Field(default=255, gt=0)
 
 
-class DataSection(Section):
-    """Which rows. `options` goes verbatim to the `datasets` builder that `format` names.
+class SourceSection(Section):
+    """Where rows are read from. `options` goes verbatim to the `datasets` builder that `format` names.
 
     `files`: the dataset's split -> file under `path`; `splits`: our split -> the dataset's; `columns`: our role ->
-    column. `validation` and `test` are the shares of train held out where there is no such split: those of test are the
-    same rows for each seed. `drop_empty` leaves out rows that lack a value, which are an error otherwise. `limit`: rows
-    of each split.
+    column. `drop_empty` leaves out rows that lack a value, which are an error otherwise.
     """
 
-    path: Text
+    path: Text | None = None
     revision: Text | None = None
     name: Text | None = None
     files: dict[str, Text] = Field(default_factory=dict)
@@ -176,9 +180,12 @@ class DataSection(Section):
     splits: dict[Literal["train", "validation", "test"], Text] = Field(default_factory=dict)
     pixels: Pixels | None = None
     drop_empty: bool = False
-    validation: float = Field(default=0.1, gt=0, lt=1)
-    test: float | None = Field(default=None, gt=0, lt=1)
-    limit: int | None = Field(default=None, gt=0)
+
+    @property
+    def place(self) -> str:
+        """The path, which is there once the section has been checked."""
+        assert self.path is not None
+        return self.path
 
     def contradictions(self) -> Iterator[tuple[Keys, str]]:
         for split, file in self.files.items():
@@ -194,9 +201,76 @@ class DataSection(Section):
                 first = next(other for other in named if named[other] == value)
                 if first != key:
                     yield (kind, key), f"data.{kind}.{first} is {value} already; one {kind[:-1]} has one use"
-        if self.name is not None and (self.format or self.files or self.path.startswith("pypi://")):
+        path = self.path or ""
+        if self.name is not None and (self.format or self.files or path.startswith("pypi://")):
             yield ("name",), "name is a configuration of a hub dataset; with files or a format nothing reads it"
-        yield from _revision_contradiction(self.path, self.revision)
+        yield from _revision_contradiction(path, self.revision)
+
+
+class PartSection(SourceSection):
+    """One source of a mixture, and its share of the rows that are trained on."""
+
+    path: Text
+    weight: float = Field(gt=0, le=1)
+
+
+class DataSection(SourceSection):
+    """Which rows: of one source, or of a `mixture` of several.
+
+    `validation` and `test` are the shares of train, or the numbers of its rows, held out where there is no such split:
+    those of test are the same rows for each seed. `limit`: rows of each split. `stopping_strategy`: a mixture ends with
+    its first source, or with its last, the others being repeated. `deduplicate`: leaves out of train what stands there
+    already, or in another split: texts alike but for case, space and marks, or all whose word 5-grams have a Jaccard
+    `similarity` (0.8). `streaming`: train is read while it is learned, over and over, and in blocks of `buffer_size`
+    rows that are shuffled; of the other splits as many rows are read as `validation` and `test` say.
+    """
+
+    mixture: list[PartSection] = Field(default_factory=list)
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] | None = None
+    validation: Share = 0.1
+    test: Share | None = None
+    limit: int | None = Field(default=None, gt=0)
+    deduplicate: Literal["exact", "near"] | None = None
+    similarity: float | None = Field(default=None, gt=0, lt=1)
+    streaming: bool = False
+    buffer_size: int | None = Field(default=None, gt=0)
+
+    @property
+    def parts(self) -> list[PartSection]:
+        """The sources, of which one alone has the weight 1."""
+        if self.mixture:
+            return self.mixture
+        return [PartSection(weight=1.0, **{key: getattr(self, key) for key in SourceSection.model_fields})]
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        yield from super().contradictions()
+        if self.path is None and not self.mixture:
+            yield ("path",), "required, and not there"
+        if self.mixture:
+            for key in sorted(self.model_fields_set & SourceSection.model_fields.keys()):
+                if getattr(self, key) not in (None, {}, False):
+                    yield (key,), "a mixture has one in each of its parts; move it there, or remove data.mixture"
+            total = sum(part.weight for part in self.mixture)
+            if not math.isclose(total, 1, abs_tol=1e-6):
+                yield ("mixture",), f"the weights of its parts add up to {total:g}; make it 1"
+        elif self.stopping_strategy is not None:
+            yield ("stopping_strategy",), "there is no data.mixture that could end; remove the key"
+        if self.similarity is not None and self.deduplicate != "near":
+            yield ("similarity",), "it is that of near duplicates; set deduplicate: near"
+        if not self.streaming:
+            if self.buffer_size is not None:
+                yield ("buffer_size",), "it is that of a stream; set streaming: true, or remove the key"
+            return
+        for key in ("validation", "test"):
+            if isinstance(getattr(self, key), float):
+                yield (key,), f"{getattr(self, key)} is a share, and a stream has no length; give a number of rows"
+        for key, why in (
+            ("deduplicate", "a stream is not held in memory; deduplicate it beforehand"),
+            ("stopping_strategy", "the parts of a stream begin again, each by itself"),
+            ("pixels", "a stream has no columns of pixels"),
+        ):
+            if getattr(self, key) is not None:
+                yield (key,), f"{why}; remove the key"
 
 
 def _revision_contradiction(path: str, revision: str | None) -> Iterator[tuple[Keys, str]]:

@@ -5,6 +5,7 @@ run's `checkpoints/`, from which it resumes.
 """
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,16 +25,19 @@ from transformers import (
 
 from zoo import hub
 from zoo.card import card
-from zoo.checkpoints import STATE, newest_complete
-from zoo.data import Splits, WithDraws, load_splits, room_in_cache
-from zoo.environment import environment
+from zoo.checkpoints import PROGRESS, STATE, newest_complete
+from zoo.data import Splits, load_splits
+from zoo.environment import changed, data_of, environment
 from zoo.errors import UserError, did_you_mean
 from zoo.files import as_json, write_json, write_text
 from zoo.loading import Processor, fit_images, load_model, load_processor, set_generation
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
+from zoo.reading import room_in_cache
 from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
+from zoo.samples import WithDraws
+from zoo.streaming import Stream, Unread
 from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, all_right, own_metrics
@@ -94,10 +98,16 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is not None:
+            if isinstance(split, Unread):
+                rows[name] = stream(split, recipe, task, processor, arguments.seed)
+                continue
             rows[name], note = encoded(split, recipe, task, processor, arguments.seed, training=name == "train")
             print(f"{name}: {note}")
     trainer = build_trainer(recipe, task, model, processor, arguments, splits.labels, rows["train"], rows["validation"])
+    trainer.data = data_of(recipe.data)
     checkpoint = _claim(recipe, output_dir, arguments)
+    if checkpoint is not None:
+        _check_data(checkpoint, trainer.data)
     events = EventLog(output_dir / EVENTS)
     trainer.add_callback(events)
     trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -236,6 +246,17 @@ def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Pa
     return checkpoint
 
 
+def _check_data(checkpoint: Path, data: dict[str, Any]) -> None:
+    """Raises UserError where the data are not those that a checkpoint was trained on."""
+    before = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")).get("data", {})
+    names = changed(before, data)
+    if names:
+        raise UserError(
+            f"data: {', '.join(names[:5])} changed since {checkpoint} was written (hashes differ); put the data back, "
+            "or train anew in another --output-dir"
+        )
+
+
 def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     """The recipe's `train` section, verbatim, with what the project decides."""
     # the bar stays although the libraries' messages are quiet, which the library takes for a wish to have none
@@ -261,6 +282,9 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     made: type[TrainingArguments] = Seq2SeqTrainingArguments if writes else TrainingArguments
     if writes:
         defaults["predict_with_generate"] = True
+    if recipe.data.streaming:
+        # the stream itself goes on where it was; each process reads all of it and takes its share
+        defaults |= {"ignore_data_skip": True, "accelerator_config": {"dispatch_batches": False}}
     try:
         return made(output_dir=str(output_dir / CHECKPOINTS), remove_unused_columns=False, **(defaults | recipe.train))
     except (*_REFUSALS, OSError, AttributeError) as error:
@@ -304,6 +328,19 @@ def encoded(
     return WithDraws(found, seed, task.others) if drawn else found, "; ".join(words)
 
 
+def stream(unread: Unread, recipe: Recipe, task: Task, processor: Processor, seed: int) -> Stream:
+    """The same of rows that are read while they are learned."""
+    encode = task.encode(processor, recipe.task)
+
+    def samples(rows: Dataset) -> dict[str, list]:
+        columns = rows.to_dict()
+        if task.processor == "image_processor":
+            return {"labels" if name == "label" else name: values for name, values in columns.items()}
+        return {name: values for name, values in encode(columns).items() if name not in COUNTED}
+
+    return Stream(unread, samples, seed, task.others)
+
+
 def by_rows(task: Task, recipe: Recipe, prediction: EvalPrediction, rows: Sequence[int]) -> EvalPrediction:
     """One prediction a row, where rows were encoded as several."""
     return prediction if task.pool is None else task.pool(recipe.task, prediction, rows)
@@ -325,7 +362,9 @@ def build_trainer(
     measure, loss = own_metrics(task, recipe.task, labels, processor), None
     if task.loss is not None and train_rows is not None:
         rows = train_rows.rows if isinstance(train_rows, WithDraws) else train_rows
-        loss = task.loss(recipe.task, rows["labels"], len(labels), arguments.label_smoothing_factor)
+        # nothing that weighs classes is trained on a stream
+        learned = [] if isinstance(rows, Stream) else rows["labels"]
+        loss = task.loss(recipe.task, learned, len(labels), arguments.label_smoothing_factor)
     if recipe.task.metrics and eval_rows is not None:
         # a recipe's own metrics say only when they run what they are called, and whether they take their options
         _check_choice(arguments, task, measure(all_right(task, labels, eval_rows["labels"])))

@@ -17,10 +17,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zoo.checkpoints import PROGRESS, is_complete, mark_complete, writing
-from zoo.data import WithDraws
 from zoo.errors import RunError
 from zoo.files import json_line, write_json
 from zoo.interrupts import StopAtCheckpoint
+from zoo.samples import WithDraws
+from zoo.streaming import Stream
 from zoo.weights import assert_same_adapter, assert_same_weights
 
 
@@ -30,9 +31,11 @@ class ZooTrainer(Trainer):
     Rows carry `row`, their number in the data, which never reaches the model: a loss that is not finite names them.
     """
 
+    data: dict[str, Any] = {}  # where the rows come from, with hashes, which checkpoints keep
     rows: list[int] = []
     evaluated_rows: list[int] = []
     resumed_from: Path | None = None
+    opens_stream = False
     started = 0.0
     seconds_before = 0.0  # of training, before this run was resumed
 
@@ -113,6 +116,9 @@ class ZooTrainer(Trainer):
         done = super()._init_training_state(*args, **kwargs)
         if self.resumed_from is None:
             return done
+        if isinstance(self.train_dataset, Stream):
+            self.train_dataset.go_on(json.loads((self.resumed_from / PROGRESS).read_text())["stream"])
+            self.opens_stream = True
         # the state names the best checkpoint by the path it had then; the run may have been moved
         recorded = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME)).best_model_checkpoint
         if recorded is not None:
@@ -127,6 +133,14 @@ class ZooTrainer(Trainer):
             super()._load_rng_state(checkpoint)
         except Exception as error:
             raise _no_way_on(str(checkpoint), error) from error
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches = super().get_batch_samples(*args, **kwargs)
+        if self.opens_stream:
+            # to open the loader has moved the generators, which the run had done before its first step
+            self._load_rng_state(str(self.resumed_from))
+            self.opens_stream = False
+        return batches
 
     def begin(self) -> None:
         """Before the first step: sums go on from where a resumed run had them."""
@@ -181,8 +195,12 @@ class ZooTrainer(Trainer):
                 output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint
             )
 
-    def _progress(self) -> dict[str, float]:
+    def _progress(self) -> dict[str, Any]:
+        rows = self.train_dataset
+        learned = self.state.global_step * self.get_total_train_batch_size(self.args)
         return {
+            "data": self.data,
+            **({"stream": rows.place(learned)} if isinstance(rows, Stream) else {}),
             "loss_since_logged": self._tr_loss.item(),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
@@ -215,13 +233,18 @@ class WritingTrainer(ZooTrainer, Seq2SeqTrainer):  # type: ignore[misc]
 
 
 class _Begin(TrainerCallback):
-    """Tells the trainer that it has set its sums to 0 and comes to the first step."""
+    """Tells the trainer that it has set its sums to 0 and comes to the first step; counts a stream's steps as epochs."""
 
     def __init__(self, trainer: ZooTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.train_dataset, Stream):
+            # a stream has no epochs, and the stock count begins anew after a resume
+            state.epoch = state.global_step / state.max_steps
 
 
 class _GroupedByLength(LengthGroupedSampler):

@@ -26,12 +26,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
 from zoo.bench.settings import Setting
-from zoo.data import WithDraws, load_splits
+from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.loading import fit_images, load_model, load_processor
 from zoo.memory import peak_memory_bytes
 from zoo.quiet import quiet_libraries
 from zoo.recipe import Recipe
+from zoo.samples import WithDraws
 from zoo.size_counts import layers, max_length
 from zoo.tasks import task_of
 from zoo.train import build_trainer, encoded, training_arguments

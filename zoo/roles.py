@@ -1,0 +1,85 @@
+"""The columns of a source by the roles they have for a task, checked row by row."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, LargeList, List
+
+from zoo.errors import UserError, did_you_mean
+from zoo.images import from_pixels, image_column
+from zoo.labels import NOTHING
+from zoo.sections import SourceSection
+
+
+def by_role(
+    rows: Dataset, split: str, section: SourceSection, roles: Sequence[str], folder: Path, first: int = 0
+) -> Dataset:
+    """Only the columns the task reads, under the names of their roles, and each row's number, from `first` on.
+
+    folder: where the names of image files begin. Raises UserError naming the column or row that is wrong.
+    """
+    given: Mapping[Any, str] = section.columns
+    columns = {role: given.get(role, role) for role in roles}
+    where = f"data {section.path}: {split}"
+    if section.pixels is not None:
+        others = [columns[role] for role in roles if role != "image" and columns[role] in rows.column_names]
+        columns["image"] = "image"
+        rows = from_pixels(rows, section.pixels, others, where)
+    wanted = [role for role in roles if role != "text_pair" or role in given or role in rows.column_names]
+    for role in wanted:
+        if columns[role] not in rows.column_names:
+            near = did_you_mean(columns[role], rows.column_names)
+            raise UserError(
+                f"data.columns.{role}: the {split} split of {section.path} has no column {columns[role]!r}; it has "
+                f"{', '.join(rows.column_names)}{near}"
+            )
+    if len(rows) == 0:
+        raise UserError(f"data {section.path}: the {split} split is empty")
+    rows = rows.select_columns([columns[role] for role in wanted])
+    rows = rows.rename_columns({columns[role]: role for role in wanted if columns[role] != role})
+    rows = rows.add_column("row", list(range(first, first + len(rows))))
+    if section.drop_empty:
+        rows = filled(rows, wanted)
+    for role in (role for role in wanted if role in _TEXTS):
+        _TEXTS[role](rows, role, columns[role], split, section.place)
+    if "image" in wanted:
+        rows = image_column(rows, "image", folder, where)
+    return rows
+
+
+def filled(rows: Dataset, roles: Sequence[str]) -> Dataset:
+    """Only the rows that have a value in each column."""
+    kept = set(range(len(rows)))
+    for role in roles:
+        values = rows[role]
+        kept -= {n for n, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())}
+    return rows if len(kept) == len(rows) else rows.select(sorted(kept))
+
+
+def _check_texts(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
+    for row, text in zip(rows["row"], rows[role], strict=True):
+        if text is None:
+            raise UserError(f"data {path}: {split} row {row}: column {column!r} holds nothing{NOTHING}")
+        if not isinstance(text, str):
+            raise UserError(f"data {path}: {split} row {row}: column {column!r} holds {text!r}, not a text")
+        if not text.strip():
+            raise UserError(f"data {path}: {split} row {row}: the text in column {column!r} is empty; remove the row")
+
+
+def _check_tokens(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
+    feature = rows.features[role]
+    words = isinstance(feature, List | LargeList) and getattr(feature.feature, "dtype", "") in (
+        "string",
+        "large_string",
+    )
+    if not words:
+        raise UserError(f"data {path}: {split}: column {column!r} is {feature}, not a list of words")
+    for row, tokens in zip(rows["row"], rows[role], strict=True):
+        if not tokens or any(token is None or not token.strip() for token in tokens):
+            raise UserError(
+                f"data {path}: {split} row {row}: column {column!r} has no tokens, or an empty one; remove it"
+            )
+
+
+_TEXTS = {"text": _check_texts, "text_pair": _check_texts, "tokens": _check_tokens}
