@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -59,7 +60,7 @@ def load_splits(
         return _streamed(section, roles, seed, labels, kind)
     notes: list[str] = []
     parts = [_part(part, roles, labels is None or bool(section.mixture)) for part in section.parts]
-    _check_alike(parts)
+    parts = _alike(parts)
     names = labels or []
     if kind is not None:
         train = [splits["train"] for splits in parts if "train" in splits]
@@ -130,7 +131,7 @@ def _streamed(
             (one, {name: kind.numbered(rows, name, names) for name, rows in found.items()}) for one, found in opened
         ]
     parts = [splits for _, splits in opened]
-    _check_alike(parts)
+    parts = _alike(parts)
     together = {name: _numbered_anew(datasets.concatenate_datasets([one[name] for one in parts])) for name in counts}
     train = Unread(
         [source for source, _ in opened], roles, kind, names, section.buffer_size or BUFFER_SIZE, section.limit
@@ -141,19 +142,28 @@ def _streamed(
 # Mixtures
 
 
-def _check_alike(parts: Sequence[Parts]) -> None:
-    """Raises UserError where the sources of a mixture have other columns, or columns of other kinds."""
-    first = next(iter(parts[0].values()))
+def _alike(parts: Sequence[Parts]) -> list[Parts]:
+    """With columns of the same kinds; a reader's strings are large or not. Raises UserError where sources differ."""
+    wanted = next(iter(parts[0].values())).features
+    found = []
     for number, splits in enumerate(parts):
+        found.append(dict(splits))
         for name, rows in splits.items():
-            for column in sorted({*rows.column_names, *first.column_names}):
-                there, wanted = (one.features.get(column) for one in (rows, first))
-                if number and there != wanted:
+            for column in sorted({*rows.column_names, *wanted}):
+                there, first = rows.features.get(column), wanted.get(column)
+                if _kind(there) != _kind(first):
                     raise UserError(
                         f"data.mixture.{number}: its {name} has {column} as {there or 'no column'}, where the first "
-                        f"source has {wanted or 'none'}; the sources of a mixture have the same columns of the same "
+                        f"source has {first or 'none'}; the sources of a mixture have the same columns of the same "
                         "kind (columns, options)"
                     )
+                if there != first:
+                    found[number][name] = found[number][name].cast_column(column, first)
+    return found
+
+
+def _kind(feature: Any) -> str:
+    return repr(feature).replace("large_", "").replace("Large", "")
 
 
 def _together(parts: Sequence[Parts], section: DataSection, seed: int) -> tuple[Parts, list[str]]:
@@ -187,7 +197,7 @@ def _numbered_anew(rows: Dataset) -> Dataset:
 
 def _hold_out(train: Dataset, split: str, share: float, seed: int, by_label: bool) -> tuple[DatasetDict, str]:
     """Splits train for another use, each label in proportion where the counts allow it."""
-    size = max(1, round(share * len(train)))
+    size = share if isinstance(share, int) else max(1, round(share * len(train)))
     if size >= len(train):
         raise UserError(f"data: train has {len(train)} rows, too few to hold {size} out for {split}")
     note = f"{split}: {size} rows held out of train"

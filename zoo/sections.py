@@ -231,7 +231,7 @@ class DataSection(SourceSection):
     test: Share | None = None
     limit: int | None = Field(default=None, gt=0)
     deduplicate: Literal["exact", "near"] | None = None
-    similarity: float | None = Field(default=None, gt=0, lt=1)
+    similarity: float | None = Field(default=None, ge=0.5, le=0.95)  # what 128 hashes can tell apart
     streaming: bool = False
     buffer_size: int | None = Field(default=None, gt=0)
 

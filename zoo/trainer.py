@@ -233,7 +233,7 @@ class WritingTrainer(ZooTrainer, Seq2SeqTrainer):  # type: ignore[misc]
 
 
 class _Begin(TrainerCallback):
-    """Tells the trainer that it has set its sums to 0 and comes to the first step; counts a stream's steps as epochs."""
+    """Tells the trainer that it comes to the first step, its sums set to 0; counts the steps of a stream as epochs."""
 
     def __init__(self, trainer: ZooTrainer):
         self.trainer = trainer
