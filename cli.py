@@ -117,6 +117,41 @@ def schema(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def preview(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the model really sees of a recipe's first rows: tokens, and in colour what it learns.
+
+    Green is learned as it stands there; red=green is shown the one and learns the other; what is dim is only read.
+
+    Examples:
+
+      zoo preview bert/finetune-topics
+
+      zoo preview t5/pretrain-news --rows 1 task.mlm_probability=0.3
+    """
+    with ending(), only_json(as_json) as answer:
+        _check_split(split)
+        from zoo.recipe_loading import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        quiet_libraries()
+        from rich.console import Console
+
+        from zoo.preview import in_colour, run
+
+        samples = run(loaded, split, rows)
+        if as_json:
+            print(json_line(samples), file=answer)
+        for sample in [] if as_json else samples:
+            Console().print(in_colour(sample))
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -175,8 +210,7 @@ def evaluate(
       zoo evaluate runs/bert-finetune-topics --data new.csv data.columns='{text: body, label: topic}'
     """
     with ending(), only_json(as_json) as answer:
-        if split not in ("train", "validation", "test"):
-            raise UserError(f"--split {split}: it is one of train, validation, test")
+        _check_split(split)
         quiet_libraries()
         from zoo.evaluation import run
 
@@ -337,6 +371,11 @@ def baseline(
         width = max(map(len, found))
         for name, metrics in found.items():
             print(f"{name:<{width}}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"--split {split}: it is one of train, validation, test")
 
 
 def _report(metrics: dict[str, Any], title: str, as_json: bool, answer, directory: Path) -> None:

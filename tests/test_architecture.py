@@ -26,7 +26,18 @@ LAYERS = [
     {"trainer"},
     {"model_directory", "results", "environment", "card"},
     {"hub"},
-    {"seeds", "train", "evaluation", "prediction", "bench", "catalogue", "size_counts", "doctor", "baselines"},
+    {
+        "seeds",
+        "train",
+        "evaluation",
+        "prediction",
+        "bench",
+        "catalogue",
+        "size_counts",
+        "doctor",
+        "baselines",
+        "preview",
+    },
     {"cli"},
 ]
 # what makes or opens a model knows its classes; everything else, the Auto classes
@@ -36,6 +47,7 @@ NEIGHBOURS = {
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},
     "evaluation": {"train"},
     "baselines": {"train"},
+    "preview": {"train"},
     "seeds": {"train"},
     "bench": {"train", "size_counts"},
 }
