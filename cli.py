@@ -152,6 +152,34 @@ def preview(
 
 
 @app.command()
+def tokenizer(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where it goes; default tokenizers/<name>.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn the tokenizer that a recipe describes under model.tokenizer, for several recipes to share.
+
+    zoo train learns it by itself, and keeps it with the model.
+
+    Examples:
+
+      zoo tokenizer bert/pretrain-newsgroups
+
+      zoo tokenizer my-recipe.yaml model.tokenizer='{type: t5, vocab_size: 8000, byte_fallback: true}'
+    """
+    with ending(), only_json(as_json) as answer:
+        from zoo.recipe_loading import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        directory = output_dir or Path("tokenizers") / loaded.name
+        quiet_libraries()
+        from zoo.tokenizer import run
+
+        _report(run(loaded, directory), f"{loaded.name}: the tokenizer is in {directory}", as_json, answer, directory)
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,

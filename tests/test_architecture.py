@@ -23,7 +23,7 @@ LAYERS = [
     {"fresh", "roles"},
     {"streaming"},
     {"loading", "data", "tasks"},
-    {"trainer"},
+    {"trainer", "tokenizer"},
     {"model_directory", "results", "environment", "card"},
     {"hub"},
     {

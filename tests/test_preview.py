@@ -31,7 +31,7 @@ def test_hidden_words_stand_beside_what_they_were(tiny_bert, texts):
     assert all(sample["labels"][0] is None and sample["tokens"][0] == "[CLS]" for sample in samples)
     text = shown(samples[0])
     assert text.startswith(f"row {samples[0]['row']}\n") and "[MASK]=" in text
-    assert "\x1b[31m" in shown(samples[0], colour=True)
+    assert "\x1b[1;31m[MASK]" in shown(samples[0], colour=True)
     assert samples == run(made, rows=4), "the draws of the first epoch, each time"
 
 

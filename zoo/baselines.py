@@ -20,10 +20,10 @@ from sklearn.preprocessing import MaxAbsScaler
 from zoo.data import Splits, load_splits
 from zoo.errors import UserError
 from zoo.images import open_image
-from zoo.loading import load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
 from zoo.tasks.summarization import rouge
+from zoo.tokenizer import processor_for
 from zoo.train import training_arguments
 
 PIXELS = 28  # a side of the images that logistic regression sees
@@ -103,7 +103,7 @@ def _tokens(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str
     every pair that occurs once, and is no floor for anything.
     """
     assert splits.validation is not None
-    tokenizer = load_processor(recipe.model, "tokenizer")
+    tokenizer = processor_for(recipe.model, "tokenizer", splits)
     train, tuned, asked = (_pieces(recipe, tokenizer, part) for part in (splits.rows, splits.validation, rows))
     once, twice = Counter(t for piece in train for t in piece), Counter(p for piece in train for p in _pairs(piece))
     first = Counter(a for piece in train for a in piece[:-1])

@@ -75,9 +75,9 @@ def _git_commit(recipe: Path | None) -> str | None:
 
 
 def _model(section: ModelSection) -> dict[str, Any]:
-    if section.path is None and section.tokenizer is None:
+    path = section.path or section.tokenizer
+    if not isinstance(path, str):
         return {"start": section.start}
-    path = str(section.path or section.tokenizer)
     source = resolve(path, kind="model", revision=section.revision)
     found = {"path": source.shown(path), "revision": section.revision, "sha256": source.fingerprint}
     return found if section.path is not None else {"start": section.start, "tokenizer": found}

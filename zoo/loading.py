@@ -29,7 +29,7 @@ from zoo.fresh import recipe_config
 from zoo.hub_errors import hub_failure
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
-from zoo.sections import ModelSection
+from zoo.sections import ModelSection, TokenizerSection
 from zoo.sources import resolve
 from zoo.weights import assert_same_weights, base_prefix, may_be_new
 
@@ -46,6 +46,8 @@ _AGAIN = "try again: what has arrived is kept"
 def load_processor(section: ModelSection, kind: str) -> Processor:
     """What makes a model's inputs: kind is "tokenizer" or "image_processor". Raises UserError."""
     path = section.path or section.tokenizer
+    if isinstance(path, TokenizerSection):
+        raise UserError("model.tokenizer: it is learned by zoo train and zoo tokenizer; name a directory here")
     if path is None and kind == "tokenizer":
         raise UserError("model.tokenizer: required, and not there: a model from random weights brings none")
     if path is None:
@@ -62,11 +64,11 @@ def load_processor(section: ModelSection, kind: str) -> Processor:
         what = f"its {kind.replace('_', ' ')} cannot be read"
         raise _wants_trust(path, error) or _unreadable(path, what, error) from error
     if kind == "tokenizer":
-        _complete(processor, section.added_tokens)
+        complete(processor, section.added_tokens)
     return processor
 
 
-def _complete(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> None:
+def complete(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> None:
     """The recipe's own tokens; and where there is no padding token, the one that ends a text, or an unknown one."""
     if added:
         known = len(tokenizer)

@@ -10,12 +10,13 @@ from rich.text import Text
 
 from zoo.data import load_splits
 from zoo.errors import UserError
-from zoo.loading import fit_images, load_model, load_processor
+from zoo.loading import fit_images, load_model
 from zoo.recipe import Recipe
 from zoo.samples import WithDraws
 from zoo.streaming import Unread
 from zoo.tasks import COUNTED, Task, task_of
 from zoo.tasks.base import IGNORED
+from zoo.tokenizer import processor_for
 from zoo.train import training_arguments
 
 OTHERS = 8  # rows that are read besides, for tasks that want another text
@@ -30,10 +31,10 @@ def run(recipe: Recipe, split: str = "train", rows: int = 3) -> list[dict[str, A
     Raises UserError for a split that there is not.
     """
     task, seed = task_of(recipe.task), training_arguments(recipe, Path()).seed
-    processor = load_processor(recipe.model, task.processor)
     splits = load_splits(recipe.data, task.roles, seed, kind=task.labels)
     for note in splits.notes:
         print(note)
+    processor = processor_for(recipe.model, task.processor, splits)
     asked = getattr(splits, split)
     if asked is None:
         raise UserError(f"--split {split}: the data has no such split")

@@ -40,17 +40,43 @@ class Section(BaseModel):
         return self
 
 
+class TokenizerSection(Section):
+    """A vocabulary to be learned from train, of the kind that a family has.
+
+    bert: WordPiece; gpt2, roberta: BPE on bytes; t5, albert: Unigram, with `byte_fallback` for what it lacks. `rows`:
+    from so many of them. `options` go verbatim to the tokenizer class of transformers.
+    """
+
+    type: Literal["bert", "roberta", "gpt2", "t5", "albert"]
+    vocab_size: int = Field(gt=0)
+    byte_fallback: bool = False
+    rows: int | None = Field(default=None, gt=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        if self.byte_fallback and self.type not in ("t5", "albert"):
+            why = "WordPiece has no bytes" if self.type == "bert" else "it is made of bytes already"
+            yield ("byte_fallback",), f"{self.type}: {why}; use type: t5 or albert, or remove the key"
+
+
 class ModelSection(Section):
     """Which checkpoint, run by whom, with which attention. `config` overrides the model's own config fields.
 
     In the place of `path`, `size` (`zoo ls models`), or `config.model_type`, starts from random weights; texts then
-    want a `tokenizer`, whose vocabulary and special tokens the config takes. `added_tokens` begin at the mean of the
+    want a `tokenizer`, that of a checkpoint or one that is learned, whose vocabulary and special tokens the config
+    takes. `added_tokens` begin at the mean of the
     other embeddings.
     """
 
     path: Text | None = None
     size: Text | None = None
-    tokenizer: Text | None = None
+    tokenizer: (
+        Annotated[
+            Annotated[Text, Tag("path")] | Annotated[TokenizerSection, Tag("learned")],
+            Discriminator(lambda value: "path" if isinstance(value, str) else "learned"),
+        ]
+        | None
+    ) = None
     added_tokens: list[Text] = Field(default_factory=list)
     revision: Text | None = None
     implementation: Literal["native", "official"] = "native"
@@ -80,7 +106,8 @@ class ModelSection(Section):
             yield (), f"a model has one beginning, path, size or config.model_type; there is {there}"
         if self.tokenizer is not None and self.path is not None:
             yield ("tokenizer",), "a checkpoint brings its own; remove the key, or path"
-        if self.revision is not None and self.path is None and self.tokenizer is None:
+        borrowed = self.tokenizer if isinstance(self.tokenizer, str) else None
+        if self.revision is not None and self.path is None and borrowed is None:
             yield ("revision",), "it is that of path or of tokenizer, and there is neither"
         attention = self.attention or "full"
         names = [attention] if isinstance(attention, str) else attention
@@ -97,7 +124,7 @@ class ModelSection(Section):
         for name in self.config:
             if name in ("attention", "attention_kwargs"):
                 yield ("config", name), f"write it as model.{name}"
-        yield from _revision_contradiction(self.path or self.tokenizer or "", self.revision)
+        yield from _revision_contradiction(self.path or borrowed or "", self.revision)
 
 
 class Augmentation(Section):

@@ -30,7 +30,7 @@ from zoo.data import Splits, load_splits
 from zoo.environment import changed, data_of, environment
 from zoo.errors import UserError, did_you_mean
 from zoo.files import as_json, write_json, write_text
-from zoo.loading import Processor, fit_images, load_model, load_processor, set_generation
+from zoo.loading import Processor, fit_images, load_model, set_generation
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.reading import room_in_cache
@@ -41,9 +41,11 @@ from zoo.streaming import Stream, Unread
 from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, all_right, own_metrics
+from zoo.tokenizer import processor_for
 from zoo.trainer import EventLog, WritingTrainer, ZooTrainer
 
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"  # among them, where a run has learned its own
 EVENTS = "events.jsonl"
 LOCK = ".lock"
 # of the train section: numbers that make no sense below 1
@@ -83,10 +85,10 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         _check_choice(arguments, task, task.metric_names)
     set_seed(arguments.seed)
     reset_peak_memory()
-    processor = load_processor(recipe.model, task.processor)
     splits = load_splits(recipe.data, task.roles, arguments.seed, kind=task.labels)
     for note in splits.notes:
         print(note)
+    processor = processor_for(recipe.model, task.processor, splits, output_dir / CHECKPOINTS / TOKENIZER)
     model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
     fit_images(model, processor, recipe.task.image_size)
     generation = None
