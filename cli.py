@@ -255,7 +255,7 @@ def predict(
     trust_remote_code: Trusted = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict with a finished model: labels, spans, numbers or masked words.
+    """Predict with a finished model: labels, spans, numbers, masked words or vectors.
 
     Examples:
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import regex
 from datasets import Dataset
+from scipy.sparse import vstack
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -22,6 +23,7 @@ from zoo.errors import UserError
 from zoo.images import open_image
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
+from zoo.tasks.retrieval import ranks, retrieval, text_id
 from zoo.tasks.summarization import rouge
 from zoo.tokenizer import processor_for
 from zoo.train import training_arguments
@@ -34,7 +36,9 @@ def run(recipe: Recipe, split: str = "test") -> dict[str, dict[str, float]]:
     """Baseline -> its metrics on a split, learned on train. Raises UserError where the task has none."""
     task = task_of(recipe.task)
     if task.problem_type != "single_label_classification" and task.name not in _OTHERS:
-        raise UserError(f"baseline: {task.name} has none; there are some of classes, summaries and next tokens")
+        raise UserError(
+            f"baseline: {task.name} has none; there are some of classes, summaries, next tokens and retrieval"
+        )
     seed = training_arguments(recipe, Path()).seed
     splits = load_splits(recipe.data, task.roles, seed, kind=task.labels)
     for note in splits.notes:
@@ -92,6 +96,19 @@ def _leads(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str,
     yield f"its first {usual} words", rouge(gold, [" ".join(lead.split()[:usual]) for lead in leads])
 
 
+# Texts that belong together
+
+
+def _retrieved(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """By the words that an anchor shares with other texts of the split; the words' weights are those of train."""
+    roles = [role for role in ("text", "text_pair", "negative") if role in rows.column_names]
+    weigh = TfidfVectorizer(sublinear_tf=True).fit([text for role in roles for text in splits.rows[role]])
+    ids = np.array([[text_id(text) for text in rows[role]] for role in roles])
+    anchors, texts, *negatives = (weigh.transform(rows[role]) for role in roles)
+    found = ranks(anchors, vstack([texts, *negatives]).tocsr(), ids[:2].T, ids[1:].ravel())
+    yield "TF-IDF", retrieval(list(found), np.asarray(anchors.multiply(texts).sum(1)).ravel())
+
+
 # Next tokens
 
 
@@ -144,6 +161,7 @@ def _entropy(counts: Counter) -> float:
 
 
 _OTHERS: dict[str, Callable[..., Iterator[tuple[str, dict[str, float]]]]] = {
+    "sentence-similarity": _retrieved,
     "summarization": _leads,
     "text-generation": _tokens,
 }

@@ -25,11 +25,13 @@ def card(
     classes: Mapping[str, Mapping[str, float]] | None,
     environment: Mapping[str, Any],
     pictures: Sequence[str],
+    usage: str | None,
     variant: bool,
 ) -> str:
     """README.md: metadata with `model-index`, then results, how to load it, how it was made, and from what.
 
-    variant: the model has attention of its own, so that it is opened with its code.
+    usage: code, where the task has its own. variant: the model has attention of its own, so that it is opened with its
+    code.
     """
     path = recipe.model.path
     model_source = None if path is None else resolve(path, kind="model", revision=recipe.model.revision)
@@ -49,7 +51,7 @@ def card(
     paths = [part.path for part in recipe.data.parts]
     data_name = ", ".join(source.shown(path) for source, path in zip(data_sources, paths, strict=True))
     data_card = ModelCardData(
-        library_name="transformers",
+        library_name=task.library,
         pipeline_tag=task.tag or task.name,
         license=licence,
         base_model=path if model_source is not None and model_source.kind == "hub" else None,
@@ -77,7 +79,7 @@ def card(
         *(_per_class(classes) if classes else ()),
         *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures),
         "## Use",
-        _usage(recipe, task, variant),
+        _usage(recipe, task, usage, variant),
         "## How it was made",
         "`recipe.yaml` is the whole recipe; `zoo train recipe.yaml` makes it again. `environment.json` says with which "
         "versions, on which hardware and from which files, with their hashes.",
@@ -110,11 +112,11 @@ def _per_class(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [_table(("class", "precision", "recall", "F1", "rows"), rows)]
 
 
-def _usage(recipe: Recipe, task: Task, variant: bool) -> str:
+def _usage(recipe: Recipe, task: Task, usage: str | None, variant: bool) -> str:
     trusted = ", trust_remote_code=True" if variant else ""
     cut = f", truncation=True, max_length={recipe.task.max_length}" if task.name == "text-classification" else ""
-    if task.usage is not None:
-        lines = ["```python", task.usage.format(trusted=trusted), "```"]
+    if usage is not None:
+        lines = ["```python", usage.format(trusted=trusted), "```"]
     else:
         lines = ["```python", "from transformers import pipeline", "", f'pipe = pipeline("{task.name}", "."{trusted})']
         lines += [f"print(pipe({task.example}{cut}))", "```"]

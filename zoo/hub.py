@@ -100,7 +100,9 @@ def contents(directory: Path) -> list[Path]:
     adapter = all((directory / name).is_file() for name in ADAPTER)
     if not adapter:
         check_finished(directory)
-    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    # and what sentence-transformers knows of its modules, in folders with a number
+    found = sorted([*directory.glob("*"), *directory.glob("[0-9]_*/config.json")])
+    files = [file for file in found if file.is_file() and not file.name.startswith(".")]
     pickles = [file.name for file in files if file.suffix in _PICKLES]
     if pickles:
         raise UserError(f"{directory}: {', '.join(pickles)} may run code when it is opened; push safetensors only")

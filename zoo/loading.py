@@ -14,6 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     BaseImageProcessor,
     GenerationConfig,
@@ -167,7 +169,7 @@ def _trained(
         if str(model_type).startswith("zoo_"):
             raise UserError(f"model {path}: a native checkpoint ({model_type}); use implementation: native")
         config = _config(section, AutoConfig, location, revision, changes)
-        model_class = getattr(transformers, auto_class)
+        model_class = _official_class(auto_class, config)
     arguments: dict[str, Any] = {"config": config, "revision": revision, "dtype": torch.float32}
     if section.attn_implementation is not None:
         arguments["attn_implementation"] = section.attn_implementation
@@ -187,7 +189,7 @@ def _fresh(
         model_class: Any = native_class(f"{config.model_type}", config.model_type, auto_class)
         make = model_class._from_config
     else:
-        make = getattr(transformers, auto_class).from_config
+        make = _official_class(auto_class, config).from_config
     chosen = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
     try:
         return make(config, dtype=torch.float32, **chosen)
@@ -267,6 +269,12 @@ def native_class(path: str, model_type: str | None, auto_class: str) -> type[Pre
     if auto_class not in base.auto_map:
         raise UserError(f"model {path}: the native {family} has no {auto_class}; use implementation: official")
     return getattr(module, base.auto_map[auto_class].rpartition(".")[2])
+
+
+def _official_class(auto_class: str, config: PreTrainedConfig) -> Any:
+    """The Auto class itself; for texts' encoders that the library has not listed there, such as MPNet, AutoModel."""
+    named = getattr(transformers, auto_class)
+    return AutoModel if named is AutoModelForTextEncoding and type(config) not in named._model_mapping else named
 
 
 def _config(section: ModelSection, config_class, location, revision: str, changes: dict) -> PreTrainedConfig:

@@ -65,14 +65,17 @@ def save(
         model.save_pretrained(new, **options)
         processor.save_pretrained(new)
         for name, content in extras.items():
+            (new / name).parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
                 (new / name).write_bytes(content)
             else:
                 write_text(new / name, content)
         assert_same_weights(model, new, whole=True)
-        for file in sorted(new.iterdir()):
-            os.replace(file, output_dir / file.name)
-        new.rmdir()
+        for file in sorted(file for file in new.rglob("*") if file.is_file()):
+            target = output_dir / file.relative_to(new)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+        shutil.rmtree(new)
         write_json(output_dir / METRICS, dict(metrics))
 
 

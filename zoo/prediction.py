@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import pipeline
@@ -27,8 +28,8 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """An answer for each text or image file, or each row of a file of them.
 
-    Each has `id`, what was asked, `predicted` and, of classes, `probabilities`. file: any the datasets library reads,
-    with a column `text` (and `text_pair`) or `image`, or the names of the run's own data.
+    Each has `id`, what was asked, `predicted` and, of classes, `probabilities`; of vectors, `embedding`. file: any the
+    datasets library reads, with a column `text` (and `text_pair`) or `image`, or the names of the run's own data.
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
     if bool(asked) == (file is not None):
@@ -116,10 +117,29 @@ def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence
 
 def in_lines(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
     """For people: what was predicted, how surely, and the beginning of the text, or the image's file."""
-    for answer in answers:
+    for answer in _with_nearest(iter(answers)):
         text = answer.get("text") or answer.get("image") or f"image {answer['id']}"
-        text = text if len(text) <= 60 else f"{text[:57]}..."
-        yield f"{'  '.join(chain(_predicted(answer)))}  {text}"
+        yield f"{'  '.join(chain(_predicted(answer)))}  {_beginning(text)}"
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _with_nearest(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Vectors say nothing to people: with those of single texts, the nearest other text and the cosine to it."""
+    first = next(answers, None)
+    if first is None or "predicted" in first:
+        yield from chain([] if first is None else [first], answers)
+        return
+    texts = [first, *answers]
+    vectors = np.array([answer["embedding"] for answer in texts])
+    for number, answer in enumerate(texts):
+        cosines = vectors @ vectors[number]
+        cosines[number] = -np.inf
+        other = int(cosines.argmax())
+        near = f"{cosines[other]:.4f} {_beginning(texts[other]['text'])}  <-"
+        yield answer | {"predicted": near if len(texts) > 1 else f"{vectors.shape[1]} numbers (--json)"}
 
 
 def _predicted(answer: dict[str, Any]) -> Iterator[str]:

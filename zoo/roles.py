@@ -26,7 +26,7 @@ def by_role(
         others = [columns[role] for role in roles if role != "image" and columns[role] in rows.column_names]
         columns["image"] = "image"
         rows = from_pixels(rows, section.pixels, others, where)
-    wanted = [role for role in roles if role != "text_pair" or role in given or role in rows.column_names]
+    wanted = [role for role in roles if role not in _OPTIONAL or role in given or role in rows.column_names]
     for role in wanted:
         if columns[role] not in rows.column_names:
             near = did_you_mean(columns[role], rows.column_names)
@@ -82,4 +82,5 @@ def _check_tokens(rows: Dataset, role: str, column: str, split: str, path: str) 
             )
 
 
-_TEXTS = {"text": _check_texts, "text_pair": _check_texts, "tokens": _check_tokens}
+_OPTIONAL = ("text_pair", "negative")
+_TEXTS = {**dict.fromkeys(("text", *_OPTIONAL), _check_texts), "tokens": _check_tokens}

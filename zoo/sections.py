@@ -141,15 +141,17 @@ class TaskSection(Section):
     """What is learned. `max_length` and `stride` count tokens, `image_size` the pixels of a side.
 
     `max_target_length` is that of summaries, `prefix` stands before each text. `stride`: a longer text is read in
-    windows that overlap by so much, and their logits are pooled; without it the text is cut. `metrics`: more of them,
-    each with its options, by the name of one of ours, a file, or a name on the hub.
+    windows that overlap by so much, and their logits are pooled; without it the text is cut. `pooling` is that of
+    windows, or of the tokens of a text that becomes a vector. `metrics`: more of them, each with its options, by the
+    name of one of ours, a file, or a name on the hub.
     """
 
     type: str
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     max_length: int = Field(default=128, gt=0)
     stride: int | None = Field(default=None, ge=0)
-    pooling: Literal["mean", "max"] | None = None
+    pooling: Literal["mean", "max", "cls"] | None = None
+    temperature: float | None = Field(default=None, gt=0)
     threshold: float | None = Field(default=None, gt=0, lt=1)
     class_weights: Literal["balanced"] | None = None
     mlm_probability: float | None = Field(default=None, gt=0, lt=1)
@@ -178,8 +180,11 @@ class TaskSection(Section):
             yield ("threshold",), text
         if self.class_weights is not None and kind != "single_label_classification":
             yield ("class_weights",), f"{kind} has no classes to weigh against each other; remove the key"
-        if self.pooling is not None and self.stride is None:
-            yield ("pooling",), "there is nothing to pool without windows; set stride"
+        if self.pooling is not None and "stride" in TASK_TYPES[self.type].keys:
+            if self.stride is None:
+                yield ("pooling",), "there is nothing to pool without windows; set stride"
+            if self.pooling == "cls":
+                yield ("pooling",), "windows are pooled by mean or max"
 
 
 class Pixels(Section):

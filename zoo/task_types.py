@@ -9,7 +9,8 @@ from typing import Literal
 DEFAULT_THRESHOLD = 0.5
 DEFAULT_MLM_PROBABILITY = 0.15
 DEFAULT_TARGET_LENGTH = 64
-Role = Literal["text", "text_pair", "label", "tokens", "tags", "image", "summary"]
+DEFAULT_TEMPERATURE = 0.05
+Role = Literal["text", "text_pair", "negative", "label", "tokens", "tags", "image", "summary"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ TASK_TYPES = {
         ("text", "summary"),
         ("max_length", "max_target_length", "prefix", "metrics"),
         generates=True,
+    ),
+    "sentence-similarity": TaskType(
+        "A vector for a text, near those of texts that belong to it.",
+        ("text", "text_pair", "negative"),
+        ("max_length", "pooling", "temperature"),
     ),
     "image-classification": TaskType(
         "One label for an image.", ("image", "label"), ("metrics", "image_size", "augmentation", "class_weights")

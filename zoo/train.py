@@ -7,7 +7,8 @@ run's `checkpoints/`, from which it resumes.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
 from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, all_right, own_metrics
 from zoo.tokenizer import processor_for
-from zoo.trainer import EventLog, WritingTrainer, ZooTrainer
+from zoo.trainer import EventLog, HeadlessTrainer, WritingTrainer, ZooTrainer
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"  # among them, where a run has learned its own
@@ -166,10 +167,13 @@ def _extras(
             extras["per_class.json"] = as_json(classes)
         if task.problem_type == "single_label_classification" and len(splits.labels) <= MAX_DRAWN_CLASSES:
             extras["confusion_matrix.png"] = confusion_picture(splits.labels, confusion(splits.labels, records))
+    if task.files is not None:
+        extras |= task.files(recipe.task, model)
     pictures = [name for name in extras if name.endswith(".png")]
     variant = has_variant(model)
     extras["environment.json"] = as_json(made)
-    extras["README.md"] = card(recipe, task, metrics, classes, made, pictures, variant)
+    usage = task.usage(recipe.task, model) if callable(task.usage) else task.usage
+    extras["README.md"] = card(recipe, task, metrics, classes, made, pictures, usage, variant)
     return extras
 
 
@@ -373,7 +377,10 @@ def build_trainer(
     if train_rows is not None:
         _check_flex(model.config, arguments)
     try:
-        trainer = (trainer_class or (WritingTrainer if task.writes else ZooTrainer))(
+        made: Callable[..., ZooTrainer] = trainer_class or (WritingTrainer if task.writes else ZooTrainer)
+        if task.learn is not None:
+            made = partial(HeadlessTrainer, learn=task.learn(recipe.task))
+        trainer = made(
             model=model,
             args=arguments,
             train_dataset=train_rows,

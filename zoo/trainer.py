@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zoo.checkpoints import PROGRESS, is_complete, mark_complete, writing
-from zoo.errors import RunError
+from zoo.errors import RunError, UserError
 from zoo.files import json_line, write_json
 from zoo.interrupts import StopAtCheckpoint
 from zoo.samples import WithDraws
@@ -230,6 +231,24 @@ class WritingTrainer(ZooTrainer, Seq2SeqTrainer):  # type: ignore[misc]
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generate)
         finally:
             self.compute_metrics = measure
+
+
+class HeadlessTrainer(ZooTrainer):
+    """Trains a model that has no head, and so no loss: `learn` makes one of it and a batch, with what is gathered."""
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args, learn: Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.learn, self.label_names = learn, ["labels"]
+        if self.train_dataset is not None and self.args.train_batch_size < 2:
+            raise UserError("train.per_device_train_batch_size: 1, but a text is told from others of its batch; give 2")
+        if self.args.label_smoothing_factor:
+            raise UserError("train.label_smoothing_factor: there are no labels to smooth; remove the key")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, found = self.learn(model, inputs)
+        return (loss, {"found": found}) if return_outputs else loss
 
 
 class _Begin(TrainerCallback):

@@ -101,4 +101,4 @@ def base_prefix(model: PreTrainedModel) -> str:
 def may_be_new(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight may be missing in a checkpoint: a task's head, and the pooler beneath it."""
     base = base_prefix(model)
-    return bool(base) and (not key.startswith(base) or key.startswith(f"{base}pooler."))
+    return key.startswith(f"{base}pooler.") or (bool(base) and not key.startswith(base))

@@ -91,6 +91,7 @@ class ZooAlbertPreTrainedModel(ZooPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids"]
     auto_map = {
         "AutoConfig": "modeling_albert.ZooAlbertConfig",
+        "AutoModelForTextEncoding": "modeling_albert.ZooAlbertModel",
         "AutoModel": "modeling_albert.ZooAlbertModel",
         "AutoModelForPreTraining": "modeling_albert.ZooAlbertForPreTraining",
         "AutoModelForMaskedLM": "modeling_albert.ZooAlbertForMaskedLM",

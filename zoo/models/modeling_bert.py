@@ -106,6 +106,7 @@ class ZooBertPreTrainedModel(ZooPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids"]
     auto_map = {
         "AutoConfig": "modeling_bert.ZooBertConfig",
+        "AutoModelForTextEncoding": "modeling_bert.ZooBertModel",
         "AutoModel": "modeling_bert.ZooBertModel",
         "AutoModelForPreTraining": "modeling_bert.ZooBertForPreTraining",
         "AutoModelForCausalLM": "modeling_bert.ZooBertLMHeadModel",

@@ -82,6 +82,7 @@ class ZooDistilBertPreTrainedModel(ZooPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids"]
     auto_map = {
         "AutoConfig": "modeling_distilbert.ZooDistilBertConfig",
+        "AutoModelForTextEncoding": "modeling_distilbert.ZooDistilBertModel",
         "AutoModel": "modeling_distilbert.ZooDistilBertModel",
         "AutoModelForMaskedLM": "modeling_distilbert.ZooDistilBertForMaskedLM",
         "AutoModelForSequenceClassification": "modeling_distilbert.ZooDistilBertForSequenceClassification",

@@ -48,6 +48,7 @@ class ZooRobertaPreTrainedModel(ZooPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids"]
     auto_map = {
         "AutoConfig": "modeling_roberta.ZooRobertaConfig",
+        "AutoModelForTextEncoding": "modeling_roberta.ZooRobertaModel",
         "AutoModel": "modeling_roberta.ZooRobertaModel",
         "AutoModelForCausalLM": "modeling_roberta.ZooRobertaForCausalLM",
         "AutoModelForMaskedLM": "modeling_roberta.ZooRobertaForMaskedLM",

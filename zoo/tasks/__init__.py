@@ -8,6 +8,7 @@ from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.image_classification import IMAGE_CLASSIFICATION
 from zoo.tasks.sentence_pairs import NEXT_SENTENCE_PREDICTION, SENTENCE_ORDER_PREDICTION
+from zoo.tasks.sentence_similarity import SENTENCE_SIMILARITY
 from zoo.tasks.span_corruption import SPAN_CORRUPTION
 from zoo.tasks.summarization import SUMMARIZATION
 from zoo.tasks.text_classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL
@@ -26,6 +27,7 @@ TASKS: dict[str, list[Task]] = {
     "text-generation": [TEXT_GENERATION],
     "span-corruption": [SPAN_CORRUPTION],
     "summarization": [SUMMARIZATION],
+    "sentence-similarity": [SENTENCE_SIMILARITY],
     "image-classification": [IMAGE_CLASSIFICATION],
 }
 

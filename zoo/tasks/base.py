@@ -60,12 +60,15 @@ class Task:
     classes: (label names, records) -> a table of each class. loss: (section, labels of train, classes, smoothing) ->
     another loss than the model's own, or None.
 
-    writes: predictions are what the model generates, and not its logits.
+    writes: predictions are what the model generates, and not its logits. learn: section -> a function of a model that
+    has no head, and of a batch, to the loss, a mean over rows, and what is gathered as predictions.
 
     asked: the roles that a prediction wants; ask: (these of a row, its number, processor) -> what a pipeline takes, or
     UserError. pipeline: section -> transformers' own pipeline, or one of ours, and the options of a call. answer: what
     that says, under the names of `predictions.jsonl`. example: what a card asks it; usage: the card's whole code, where
-    transformers has no such pipeline, with a place for `trusted`. tag: the hub's name for it, where that is another.
+    transformers has no such pipeline, with a place for `trusted`, or (section, model) -> it. tag: the hub's
+    name for it, where that is another; library: what opens the model. files: (section, model) -> what that wants
+    to find beside the weights, by name.
     """
 
     name: str
@@ -93,9 +96,12 @@ class Task:
     problem_type: str | None = None
     reduce: Callable[..., Any] | None = None
     writes: bool = False
-    usage: str | None = None
+    learn: Callable[[TaskSection], Callable[[Any, dict[str, Any]], tuple[Any, Any]]] | None = None
+    usage: str | Callable[[TaskSection, PreTrainedModel], str] | None = None
     label: str | None = None
     tag: str | None = None
+    library: str = "transformers"
+    files: Callable[[TaskSection, PreTrainedModel], dict[str, str]] | None = None
     draws: Literal["all", "train"] | None = None
     others: bool = False
 
