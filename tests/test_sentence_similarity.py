@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import zoo.evaluation
 import zoo.prediction
 from tests.conftest import read_r8
 from tests.test_runs import read_lines, read_metrics, recipe, write_jsonl
+from tests.tiny_run import differing, weights, without_time
 from zoo.baselines import run as baseline
 from zoo.errors import UserError
 from zoo.hub import contents
@@ -176,6 +178,15 @@ def same_vectors(directory, kind: str) -> None:
     assert np.abs(np.array(ours) - expected).max() < 1e-6
     assert np.abs(training_vectors(directory, TEXTS).numpy() - expected).max() < 1e-6
     assert np.abs(expected - expected[0]).max() > 1e-3, "texts differ"
+
+
+def test_a_run_that_was_killed_while_it_was_moved_into_place(directory, tmp_path):
+    copy = shutil.copytree(directory, tmp_path / "run")
+    for name in ("metrics.json", "model.safetensors", "modules.json"):
+        (copy / name).unlink()
+    run(load_recipe(str(copy / "recipe.yaml")), copy, resume=True)
+    assert without_time(read_metrics(copy)) == without_time(read_metrics(directory))
+    assert not differing(weights(copy), weights(directory)) and (copy / "1_Pooling" / "config.json").is_file()
 
 
 def test_a_native_bert_is_pooled_as_sentence_transformers_pools_it(directory):

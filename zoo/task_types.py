@@ -10,7 +10,7 @@ DEFAULT_THRESHOLD = 0.5
 DEFAULT_MLM_PROBABILITY = 0.15
 DEFAULT_TARGET_LENGTH = 64
 DEFAULT_TEMPERATURE = 0.05
-Role = Literal["text", "text_pair", "negative", "label", "tokens", "tags", "image", "summary"]
+Role = Literal["text", "text_pair", "label", "tokens", "tags", "image", "summary", "negative"]
 
 
 @dataclass(frozen=True)
