@@ -23,6 +23,7 @@ from zoo.errors import UserError
 from zoo.hub import contents
 from zoo.loading import load_model, load_processor
 from zoo.model_directory import open_finished
+from zoo.preview import run as preview
 from zoo.recipe_loading import load_recipe
 from zoo.sections import ModelSection, TaskSection
 from zoo.tasks import task_of
@@ -280,6 +281,15 @@ def test_the_card_runs(directory, monkeypatch, capsys):
         likeness.append(eval(said[said.index("tensor") :], {"tensor": torch.tensor}))
     assert likeness[0].shape == (3, 3)
     torch.testing.assert_close(likeness[0], likeness[1], atol=2e-4, rtol=0)
+
+
+def test_the_preview(tiny_bert, folder):
+    (sample,) = preview(recipe(tiny_bert, {"type": KIND}, data(folder)), "test", rows=1)
+    tokenizer, first = AutoTokenizer.from_pretrained(tiny_bert), read_lines(folder / "test.jsonl")[0]
+    assert sample.keys() == {"row", "tokens"} and len(sample["tokens"]) == 2
+    for tokens, text in zip(sample["tokens"], first.values(), strict=True):
+        ids = tokenizer(text, truncation=True, max_length=32)["input_ids"]
+        assert tokens[: len(ids)] == tokenizer.convert_ids_to_tokens(ids)
 
 
 def test_the_baseline(tiny_bert, folder, tmp_path):

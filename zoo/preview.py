@@ -46,7 +46,7 @@ def run(recipe: Recipe, split: str = "train", rows: int = 3) -> list[dict[str, A
     collate = task.collate(processor, recipe.task)
     shown = set(first["row"][:rows])
     found = (sample for sample in _samples(first, task, recipe, processor, seed, split) if sample["row"] in shown)
-    return [_seen(sample["row"], collate([sample]), processor, splits.labels) for sample in found]
+    return [_seen(sample["row"], collate([sample]), task, processor, splits.labels) for sample in found]
 
 
 def _samples(rows: Dataset, task: Task, recipe: Recipe, processor: Any, seed: int, split: str) -> Iterator[dict]:
@@ -57,10 +57,12 @@ def _samples(rows: Dataset, task: Task, recipe: Recipe, processor: Any, seed: in
     yield from WithDraws(samples, seed, task.others) if drawn else samples  # type: ignore[misc]
 
 
-def _seen(row: int, batch: dict[str, Any], processor: Any, names: list[str]) -> dict[str, Any]:
+def _seen(row: int, batch: dict[str, Any], task: Task, processor: Any, names: list[str]) -> dict[str, Any]:
     seen: dict[str, Any] = {"row": row}
+    # numbers of whole texts are nothing to see
+    hidden = ("row", "attention_mask", "token_type_ids", *(("labels",) if task.learn is not None else ()))
     for name, values in batch.items():
-        if not isinstance(values, torch.Tensor) or name in ("row", "attention_mask", "token_type_ids"):
+        if not isinstance(values, torch.Tensor) or name in hidden:
             continue
         if name == MASKED:
             seen["masked"] = values[0].int().tolist()
