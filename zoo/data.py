@@ -88,10 +88,11 @@ def _part(section: PartSection, roles: Sequence[str], trained_on: bool) -> Parts
     for name, theirs in ours.items():
         found[name] = rows = by_role(raw[theirs], name, section, roles, folder)
         where, dropped = f"data {section.path}: {name}", len(raw[theirs]) - len(rows)
+        given = [role for role in roles if role in rows.column_names]
         if not len(rows):
-            raise UserError(f"{where}: no row has a value for each of {', '.join(roles)}")
+            raise UserError(f"{where}: no row has a value for each of {', '.join(given)}")
         if dropped:
-            print(f"{where}: {dropped:,} rows left out that lack {' or '.join(roles)} (data.drop_empty)")
+            print(f"{where}: {dropped:,} rows left out that lack {' or '.join(given)} (data.drop_empty)")
     return found
 
 
