@@ -326,7 +326,7 @@ def serve(
         bool, typer.Option("--json", help="Print the address as a JSON object, once it listens.")
     ] = False,
 ) -> None:
-    """Serve a hub from a directory, to the stock huggingface_hub and transformers clients. It holds models.
+    """Serve a hub from a directory, to the stock clients. It holds models and data sets.
 
     Writing wants a token: the one in ZOO_HUB_TOKEN, or a new one that is printed at the start.
 

@@ -21,6 +21,15 @@ MAX_BODY_BYTES = 128 * 2**20
 # Answers
 
 
+def prefix(kind: str) -> str:
+    """What addresses begin with, those of the API apart."""
+    return "" if kind == "models" else f"/{kind}"
+
+
+def page(request: Request, kind: str, identity: str) -> str:
+    return f"{str(request.base_url).rstrip('/')}{prefix(kind)}/{identity}"
+
+
 def described(repository: Repository, commit: Commit, blobs: bool = False) -> dict[str, Any]:
     settings = repository.settings
     siblings = [
@@ -28,10 +37,10 @@ def described(repository: Repository, commit: Commit, blobs: bool = False) -> di
         for path, file in commit.files.items()
     ]
     return {
-        "_id": repository.id, "id": repository.id, "modelId": repository.id, "author": repository.id.split("/")[0],
+        "_id": repository.id, "id": repository.id, "author": repository.id.split("/")[0],
         "sha": commit.id, "private": settings["private"], "gated": False, "disabled": False, "tags": [], "downloads": 0,
         "likes": 0, "createdAt": settings["created"], "lastModified": commit.date, "siblings": siblings,
-    }  # fmt: skip
+    } | ({"modelId": repository.id} if repository.kind == "models" else {})  # fmt: skip
 
 
 def lfs_fields(file: StoredFile) -> dict[str, Any]:
@@ -88,7 +97,8 @@ async def no_text(request: Request, error: Exception) -> Response:
 def revision_and_path(request: Request, word: str) -> tuple[str, str]:
     """What follows `/resolve/` or `/tree/`: a quoted revision is one segment, whatever slashes it has inside."""
     raw = request.scope["raw_path"].decode("ascii").partition("?")[0]
-    revision, _, path = raw.partition(f"/{word}/")[2].partition("/")
+    owner = "/".join(request.path_params[part] for part in ("namespace", "name"))
+    revision, _, path = raw.partition(f"/{owner}/{word}/")[2].partition("/")
     return unquote(revision), unquote(path)
 
 

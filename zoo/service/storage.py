@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -26,6 +26,8 @@ from filelock import FileLock, Timeout
 from zoo.files import write_json, write_text
 
 MAIN = "main"
+# what the protocol calls a kind of repository -> its folder, here and in addresses
+KINDS = {"model": "models", "dataset": "datasets"}
 _NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -252,6 +254,17 @@ class Repository:
             if commit.parent is None:
                 return
             commit = self.resolve(commit.parent)
+
+    def last_changes(self, commit: Commit) -> dict[str, Commit]:
+        """The commit that each file and folder of a commit has its content from."""
+        found: dict[str, Commit] = {}
+        for newer in self.history(commit.id):
+            before = {} if newer.parent is None else self.resolve(newer.parent).files
+            for path in commit.files:
+                if path in newer.files and newer.files[path] != before.get(path):
+                    for changed in (path, *map(str, PurePosixPath(path).parents)):
+                        found.setdefault(changed, newer)
+        return found
 
     def commit(
         self,
