@@ -83,6 +83,25 @@ def server(tmp_path_factory) -> Iterator:
     started.process.wait(20)
 
 
+@pytest.fixture(scope="session")
+def web(tmp_path_factory) -> Iterator:
+    """A hub that holds Wikipedia, C4, FineWeb and ImageNet in small, under the names that they have on the web."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import start
+    from tests.web_data import fill
+
+    folder = tmp_path_factory.mktemp("web")
+    started = start(folder / "hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        fill(started.api(), folder / "files")
+    yield started
+    started.process.terminate()
+    started.process.wait(20)
+
+
 @pytest.fixture
 def online(server, monkeypatch, tmp_path) -> None:
     """The client in this process may ask the server, and only it, and has an empty cache."""
