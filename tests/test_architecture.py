@@ -23,7 +23,7 @@ LAYERS = [
     {"fresh", "roles"},
     {"streaming"},
     {"loading", "data", "tasks"},
-    {"trainer", "tokenizer"},
+    {"trainer", "tokenizer", "encoding_cache"},
     {"model_directory", "results", "environment", "card"},
     {"hub"},
     {

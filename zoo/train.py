@@ -28,6 +28,7 @@ from zoo import hub
 from zoo.card import card
 from zoo.checkpoints import PROGRESS, STATE, newest_complete
 from zoo.data import Splits, load_splits
+from zoo.encoding_cache import cached
 from zoo.environment import changed, data_of, environment
 from zoo.errors import UserError, did_you_mean
 from zoo.files import as_json, write_json, write_text
@@ -321,7 +322,8 @@ def encoded(
     """The rows as `Task.collate` takes them, with their numbers in the data; and what was counted, in words."""
     encode = task.encode(processor, recipe.task)
     verb = "Tokenising" if task.processor == "tokenizer" else "Reading images"
-    found = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=verb)
+    kept = cached(rows, task, recipe.task, processor) if task.processor == "tokenizer" else {}
+    found = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=verb, **kept)
     words = [task.counts(found, len(rows), recipe.task)]
     if "label" in rows.column_names and hasattr(rows.features["label"], "names"):
         names, numbers = rows.features["label"].names, list(rows["label"])
