@@ -27,8 +27,12 @@ BETWEEN = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
     """Each text in pieces of at least two sentences, which together have `max_length` tokens or more; what is left of a
-    text in the end, if it is a single sentence, is left out."""
+    text in the end, if it is a single sentence, is left out.
+
+    A sentence of more than half of them is several: any span of text may be one (BERT, section 3), and there are texts
+    without marks."""
     room = section.max_length - SPECIAL
+    longest = max(room // 2, 1)
     if room < 2:
         raise UserError(f"task.max_length: {section.max_length}, but 3 tokens are special and each piece has one more")
 
@@ -36,7 +40,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
         found: Rows = {name: [] for name in ("sentences", "row", "piece", "unknown", "tokens")}
         for row, text in zip(rows["row"], rows["text"], strict=True):
             parts = [part for part in BETWEEN.split(text.strip()) if part]
-            sentences = [ids[:room] for ids in tokenizer(parts, add_special_tokens=False)["input_ids"] if ids]
+            whole = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
+            sentences = [ids[at : at + longest] for ids in whole for at in range(0, len(ids), longest)]
             for number, piece in enumerate(_pieces(sentences, room)):
                 tokens = list(chain(*piece))
                 unknown = 0 if tokenizer.unk_token_id is None else tokens.count(tokenizer.unk_token_id)
