@@ -16,7 +16,16 @@ from ruamel.yaml.nodes import Node
 from ruamel.yaml.representer import SafeRepresenter
 
 from zoo.errors import Keys
-from zoo.sections import DataSection, HubSection, LaunchSection, ModelSection, Section, SourceSection, TaskSection
+from zoo.sections import (
+    DataSection,
+    HubSection,
+    LaunchSection,
+    ModelSection,
+    Section,
+    SourceSection,
+    TaskSection,
+    TokenizerSection,
+)
 from zoo.task_types import TASK_TYPES
 
 
@@ -109,7 +118,10 @@ class Recipe(Section):
         return stream.getvalue()
 
     def smoke(self) -> "Recipe":
-        """A copy that runs in seconds: 64 rows a split, 32 tokens, 4 steps, evaluated and saved every 2."""
+        """A copy that runs in seconds: 64 rows a split, 32 tokens, 4 steps, evaluated and saved every 2.
+
+        Of a published size with random weights two layers are left.
+        """
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
         length = min(self.task.max_length, 32)
         stride = None if self.task.stride is None else min(self.task.stride, length // 4)
@@ -125,7 +137,14 @@ class Recipe(Section):
         for kind, kept in (("eval", ("no",)), ("save", ("no", "best"))):
             if train.get(f"{kind}_strategy") not in kept:
                 train |= {f"{kind}_strategy": "steps", f"{kind}_steps": 2}
-        small = self.model_copy(update={"data": data, "task": task, "train": train, "seeds": self.seeds[:2]}, deep=True)
+        model = self.model
+        if model.size is not None:
+            model = model.model_copy(update={"config": model.config | {"num_hidden_layers": 2}})
+        if isinstance(model.tokenizer, TokenizerSection):
+            fewer = model.tokenizer.model_copy(update={"rows": min(model.tokenizer.rows or 64, 64)})
+            model = model.model_copy(update={"tokenizer": fewer})
+        changes = {"model": model, "data": data, "task": task, "train": train, "seeds": self.seeds[:2]}
+        small = self.model_copy(update=changes, deep=True)
         before, after = leaves(plain(self)), leaves(plain(small))
         changed = {key for key, value in after.items() if key not in before or before[key] != value}
         small._origins = {key: "command line" if key in changed else self._origins.get(key, "default") for key in after}
