@@ -61,6 +61,9 @@ class Recipe(Section):
         roles = TASK_TYPES[self.task.type].roles
         if self.generate and not TASK_TYPES[self.task.type].generates:
             yield ("generate",), f"{self.task.type} generates nothing; remove the section"
+        if self.train.get("label_smoothing_factor") and not self._smooths():
+            what = f"{self.task.type} with {self.task.problem_type}" if self.task.problem_type else self.task.type
+            yield ("train", "label_smoothing_factor"), f"{what} has no label alone to smooth; remove the key"
         sources: list[tuple[Keys, SourceSection]] = [((), self.data)]
         sources += [(("mixture", number), part) for number, part in enumerate(self.data.mixture)]
         for keys, source in sources:
@@ -83,6 +86,11 @@ class Recipe(Section):
             yield ("train", "train_sampling_strategy"), "a stream comes in blocks that are shuffled; remove the key"
         if self.task.class_weights is not None:
             yield ("task", "class_weights"), "of a stream it is not known how often a class comes; remove the key"
+
+    def _smooths(self) -> bool:
+        """Whether a label is one class of several, and the loss about it alone."""
+        one = self.task.problem_type in (None, "single_label_classification")
+        return one and self.task.type not in ("next-sentence-prediction", "sentence-order-prediction")
 
     @field_validator("name")
     @classmethod

@@ -393,6 +393,7 @@ def build_trainer(
             preprocess_logits_for_metrics=task.reduce,
             processing_class=processor,
         )
+        trainer.row_loss = task.row_loss
         if train_rows is not None:
             # made now, while it is plain whose words were wrong; the scheduler is made again when the steps are known
             trainer.create_optimizer()

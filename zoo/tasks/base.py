@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import EvalPrediction, Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,7 +59,8 @@ class Task:
     records: (section, label names, processor) -> a function of gathered predictions to a mapping for each row: `gold`,
     `predicted`, `probabilities`. None where a row has no answer of its own.
     classes: (label names, records) -> a table of each class. loss: (section, labels of train, classes, smoothing) ->
-    another loss than the model's own, or None.
+    another loss than the model's own, or None. row_loss: (outputs, batch) -> the part of the model's loss that is a
+    mean over rows, where the rest is one over tokens.
 
     writes: predictions are what the model generates, and not its logits. learn: section -> a function of a model that
     has no head, and of a batch, to the loss, a mean over rows, and what is gathered as predictions.
@@ -93,6 +95,7 @@ class Task:
     classes: Callable[[Sequence[str], Records], Table] | None = None
     pool: Callable[[TaskSection, EvalPrediction, Sequence[int]], EvalPrediction] | None = None
     loss: Callable[[TaskSection, Sequence[int], int, float], Callable | None] | None = None
+    row_loss: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None
     problem_type: str | None = None
     reduce: Callable[..., Any] | None = None
     writes: bool = False

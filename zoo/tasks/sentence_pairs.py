@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, EvalPrediction, Pipeline, PreTrainedTokenizerBase
 
@@ -145,6 +146,10 @@ def _check(label: str, other: str) -> Callable[[TaskSection, Any], None]:
     return check
 
 
+def _relation_loss(label: str, logits: str) -> Callable[[Any, dict[str, Any]], torch.Tensor]:
+    return lambda outputs, batch: F.cross_entropy(outputs[logits], batch[label])
+
+
 def _reduce(logits: tuple, labels: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """(likeliest tokens, likeliest relation)."""
     return logits[0].argmax(-1), logits[1].argmax(-1)
@@ -218,6 +223,7 @@ NEXT_SENTENCE_PREDICTION = Task(
     counts=_counts,
     check=_check("next_sentence_label", "sentence-order-prediction, or fill-mask"),
     collate=_collate("next_sentence_label", next_sentence),
+    row_loss=_relation_loss("next_sentence_label", "seq_relationship_logits"),
     metrics=_metrics("next_sentence_accuracy"),
     metric_names=("accuracy", "next_sentence_accuracy"),
     reduce=_reduce,
@@ -238,6 +244,7 @@ SENTENCE_ORDER_PREDICTION = replace(
     roles=TASK_TYPES["sentence-order-prediction"].roles,
     check=_check("sentence_order_label", "next-sentence-prediction, or fill-mask"),
     collate=_collate("sentence_order_label", sentence_order),
+    row_loss=_relation_loss("sentence_order_label", "sop_logits"),
     metrics=_metrics("sentence_order_accuracy"),
     metric_names=("accuracy", "sentence_order_accuracy"),
     others=False,

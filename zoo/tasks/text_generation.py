@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
+from zoo.errors import UserError
 from zoo.sections import TaskSection
 from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, check_padding
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
-    """Each text whole, in pieces of at most `max_length` tokens, the last of which says that it ends."""
+    """Each text whole, in pieces of at most `max_length` tokens, the last of which says that it ends; one of a single
+    token, of which nothing could be learned, is left out."""
+    if section.max_length < 2:
+        raise UserError("task.max_length: 1, but a token is learned from those before it; give 2 or more")
 
     def encode(rows: Rows) -> Rows:
         found: Rows = {name: [] for name in ("input_ids", "attention_mask", "labels", "row", "unknown", "tokens")}
@@ -24,7 +28,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
         for row, ids in zip(rows["row"], tokenizer(rows["text"], verbose=False)["input_ids"], strict=True):
             end = tokenizer.eos_token_id
             whole = ids if end is None or ids[-1:] == [end] else [*ids, end]
-            for start in range(0, len(whole), section.max_length):
+            for start in range(0, len(whole) - 1, section.max_length):
                 piece = whole[start : start + section.max_length]
                 found["input_ids"].append(piece)
                 found["attention_mask"].append([1] * len(piece))
@@ -38,6 +42,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
 
 
 def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
+    if len(encoded) == 0:
+        raise UserError("data: no text has two tokens, so that one could be learned from the other")
     unknown, tokens = sum(encoded["unknown"]), sum(encoded["tokens"])
     pieces = f"{len(encoded):,} pieces of at most {section.max_length} tokens"
     return f"{texts:,} texts; {pieces}; {unknown:,} of {tokens:,} tokens unknown"
