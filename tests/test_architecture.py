@@ -19,7 +19,7 @@ LAYERS = [
     {"task_types"},
     {"sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
-    {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples"},
+    {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples", "finetuning"},
     {"fresh", "roles"},
     {"streaming"},
     {"loading", "data", "tasks"},

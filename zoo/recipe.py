@@ -18,6 +18,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from zoo.errors import Keys
 from zoo.sections import (
     DataSection,
+    FinetuneSection,
     HubSection,
     LaunchSection,
     ModelSection,
@@ -44,6 +45,7 @@ class Recipe(Section):
     task: TaskSection
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
+    finetune: FinetuneSection = Field(default_factory=FinetuneSection)
     generate: dict[str, Any] = Field(default_factory=dict)
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default_factory=list)
     hub: HubSection = Field(default_factory=HubSection)

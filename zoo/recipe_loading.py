@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -236,18 +236,23 @@ def _path(loc: tuple[int | str, ...], values: Any) -> tuple[Keys, Any]:
 def _nearest_key(keys: Keys) -> str:
     """For an unknown key: the nearest right one beside it, or the same word where it belongs."""
     sections = {name: set(_section_keys(name)) for name in Recipe.model_fields}
-    beside = sections[keys[0]] if len(keys) > 1 else {*sections, "extends"}
+    beside = set(_section_keys(*map(str, keys[:-1]))) if len(keys) > 1 else {*sections, "extends"}
     elsewhere = [f"{name}.{keys[-1]}" for name, known in sections.items() if keys[-1] in known]
     if not did_you_mean(keys[-1], beside) and elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
     return did_you_mean(keys[-1], beside) or f"; the keys here are {', '.join(sorted(beside))}"
 
 
-def _section_keys(name: str) -> Iterator[str]:
-    annotation = Recipe.model_fields[name].annotation
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield from annotation.model_fields
-    elif name in LIBRARY_SECTIONS:
+def _section_keys(name: str, *below: str) -> Iterator[str]:
+    annotation: Any = Recipe.model_fields[name].annotation
+    for key in below:
+        annotation = annotation.model_fields[key].annotation
+    # a section, or one that need not be there
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    for kind in kinds:
+        if issubclass(kind, Section):
+            yield from kind.model_fields
+    if not below and name in LIBRARY_SECTIONS:
         yield from LIBRARY_SECTIONS[name].fields()
 
 

@@ -310,6 +310,32 @@ def _revision_contradiction(path: str, revision: str | None) -> Iterator[tuple[K
         yield ("revision",), "the version is in the path (pypi://name@version/...); remove revision"
 
 
+class Freeze(Section):
+    """What stays as it is: the embeddings, and so many layers from the input, of each stack."""
+
+    embeddings: bool = False
+    layers: int = Field(default=0, ge=0)
+
+
+class FinetuneSection(Section):
+    """What of a model learns, how fast and from when on.
+
+    `layerwise_decay`: `train.learning_rate` is the head's, each layer's so many times that of the one above it, and the
+    embeddings' the lowest. `gradual_unfreezing`: the head is trained first, one more layer from the top with each
+    epoch, or after so many steps each.
+    """
+
+    layerwise_decay: float | None = Field(default=None, gt=0, le=1)
+    freeze: Freeze = Field(default_factory=Freeze)
+    gradual_unfreezing: (
+        Annotated[
+            Annotated[Literal["epoch"], Tag("word")] | Annotated[int, Field(gt=0), Tag("steps")],
+            Discriminator(lambda value: "word" if isinstance(value, str) else "steps"),
+        ]
+        | None
+    ) = None
+
+
 class HubSection(Section):
     """Where the finished model is pushed to, if anywhere, and what the card says of licences."""
 

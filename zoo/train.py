@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from zoo import hub
+from zoo import finetuning, hub
 from zoo.card import card
 from zoo.checkpoints import PROGRESS, STATE, newest_complete
 from zoo.data import Splits, load_splits
@@ -378,6 +378,8 @@ def build_trainer(
         _check_choice(arguments, task, measure(all_right(task, labels, eval_rows["labels"])))
     if train_rows is not None:
         _check_flex(model.config, arguments)
+        for note in finetuning.apply(model, recipe.finetune):
+            print(note)
     try:
         made: Callable[..., ZooTrainer] = trainer_class or (WritingTrainer if task.writes else ZooTrainer)
         if task.learn is not None:
@@ -395,6 +397,7 @@ def build_trainer(
         )
         trainer.row_loss = task.row_loss
         if train_rows is not None:
+            trainer.tune(recipe.finetune)
             # made now, while it is plain whose words were wrong; the scheduler is made again when the steps are known
             trainer.create_optimizer()
             trainer.create_scheduler(1)

@@ -21,8 +21,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from zoo.checkpoints import PROGRESS, is_complete, mark_complete, writing
 from zoo.errors import RunError, UserError
 from zoo.files import json_line, write_json
+from zoo.finetuning import Unfreezing, decayed
 from zoo.interrupts import StopAtCheckpoint
 from zoo.samples import WithDraws
+from zoo.sections import FinetuneSection
 from zoo.streaming import Stream
 from zoo.tasks.base import IGNORED
 from zoo.weights import assert_same_adapter, assert_same_weights
@@ -40,6 +42,7 @@ class ZooTrainer(Trainer):
     # the stock one takes it for scaled by every class that has **kwargs, and most ignore the count that is in them
     loss_is_scaled_for_ga = True
     row_loss: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None
+    decay: float | None = None
     rows: list[int] = []
     evaluated_rows: list[int] = []
     resumed_from: Path | None = None
@@ -56,6 +59,19 @@ class ZooTrainer(Trainer):
         if self.label_smoother is not None and self._loss_shifts_labels:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)  # type: ignore[assignment]
         self._decoder_inputs = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+
+    def tune(self, section: FinetuneSection) -> None:
+        """Before the optimizer is made: learning rates by layer, and layers that join while it trains."""
+        self.decay = section.layerwise_decay
+        if section.gradual_unfreezing is not None:
+            self.add_callback(Unfreezing(self.model, section.gradual_unfreezing))
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.decay is not None and not made:
+            optimizer.param_groups[:] = decayed(optimizer.param_groups, self.model, self.decay)
+        return optimizer
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self.started = 0.0
