@@ -170,7 +170,7 @@ class ZooTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _GroupedByLength(sampler.batch_size, sampler.lengths, seed)
+            return _GroupedByLength(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
         return sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -230,6 +230,12 @@ class ZooTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs) -> None:
         if isinstance(self.train_dataset, WithDraws):
             self.train_dataset.set_epoch(kwargs["epoch"])
+        # of several processes, accelerate does not reach it behind the batches that a resumed run skips
+        sampler = getattr(kwargs["train_dataloader"], "batch_sampler", None)
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(kwargs["epoch"])
+            sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
         if self.state.global_step >= self.state.max_steps:
             # resumed after its last checkpoint: the stock loop would train one step more
             self.control.should_training_stop = True
@@ -237,8 +243,9 @@ class ZooTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples: int, start_time: float):
-        # time, speed and mean loss of the whole run
+        # time, speed and mean loss of the whole run, and of all processes
         self._initial_global_step = 0
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
         return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -249,8 +256,11 @@ class ZooTrainer(Trainer):
         try:
             with writing(checkpoint):
                 super()._save_checkpoint(model, trial)
+                progress = self._progress()
+                # each process has written a file of its own
+                self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    write_json(checkpoint / PROGRESS, self._progress())
+                    write_json(checkpoint / PROGRESS, progress)
                     _assert_same(self.model, checkpoint)
                     mark_complete(checkpoint)
         finally:
@@ -266,7 +276,7 @@ class ZooTrainer(Trainer):
         return {
             "data": self.data,
             **({"stream": rows.place(learned)} if isinstance(rows, Stream) else {}),
-            "loss_since_logged": self._tr_loss.item(),
+            "loss_since_logged": self.accelerator.reduce(self._tr_loss, "mean").item(),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
             "seconds": time.time() - self.started + self.seconds_before,
