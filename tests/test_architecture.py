@@ -23,6 +23,7 @@ LAYERS = [
     {"fresh", "roles"},
     {"streaming"},
     {"loading", "data", "tasks"},
+    {"step_loss"},
     {"trainer", "tokenizer", "encoding_cache"},
     {"model_directory", "results", "environment", "card"},
     {"hub"},
