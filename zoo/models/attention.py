@@ -56,13 +56,20 @@ def _build_pattern(config, name: str, causal: bool) -> Pattern:
 class LayerMasks:
     """Self-attention masks of one forward pass, each variant's made once and shared by its layers."""
 
-    def __init__(self, config, causal: bool, inputs_embeds, attention_mask, past_key_values, packing: Packing | None):
-        """inputs_embeds: (batch, length, hidden) as padded; attention_mask: (batch, keys), or 4-D as it is."""
+    def __init__(
+        self, config, causal: bool, inputs_embeds, attention_mask, past_key_values, packing: Packing | None,
+        position_ids: torch.Tensor | None = None,
+    ):  # fmt: skip
+        """inputs_embeds: (batch, length, hidden) as padded; attention_mask: (batch, keys), or 4-D as it is.
+
+        position_ids, causal: (batch, length); where they begin anew, so does a document, unless there is a mask or a
+        cache.
+        """
         self.config, self.causal = config, causal
         self.padded = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         self.encoder_cache = None if causal else past_key_values
         if causal:
-            self.padded["past_key_values"] = past_key_values
+            self.padded |= {"past_key_values": past_key_values, "position_ids": position_ids}
         rows = packing if packing is not None and packing.per_sequence else None
         names = [config.attention] if isinstance(config.attention, str) else config.attention
         # all at once, before the first layer puts its keys in the cache, whose length they depend on

@@ -158,19 +158,27 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
         """As the official class. With `packing`, a head's own plan, the outputs stay packed: (tokens, hidden)."""
         planned_here = isinstance(packing, str)
         if isinstance(packing, str):
-            packing = self.plan(input_ids, inputs_embeds, attention_mask, past_key_values=past_key_values, **kwargs)
+            packing = self.plan(
+                input_ids, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
+            )
         output = self._decode(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
             use_cache=use_cache, packing=packing, return_dict=True, **kwargs,
         )  # fmt: skip
         return unpack_output(output, packing) if planned_here and packing is not None else output
 
-    def plan(self, input_ids, inputs_embeds, attention_mask, past_key_values=None, **kwargs) -> Packing | None:
+    def plan(
+        self, input_ids, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs
+    ) -> Packing | None:
         """How a call with these inputs is packed, or None."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         inputs = input_ids if input_ids is not None else inputs_embeds
-        return self.plan_packing(inputs, attention_mask, cached_tokens=cached_tokens(past_key_values), **kwargs)
+        # keys that are there, or are yet to come, leave a row to one document
+        documents = position_ids if past_key_values is None else None
+        return self.plan_packing(
+            inputs, attention_mask, cached_tokens=cached_tokens(past_key_values), position_ids=documents, **kwargs
+        )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -179,6 +187,8 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
         use_cache=None, packing=None, **kwargs,
     ):  # fmt: skip
         inputs = input_ids if input_ids is not None else inputs_embeds
+        # an empty cache of our own would hide from the masks that a row holds several documents
+        given_cache, given_positions = past_key_values, position_ids
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -194,7 +204,7 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
             hidden_states = hidden_states + look_up(self.wte, token_type_ids, "token type", "vocab_size")
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
-        masks = LayerMasks(self.config, True, grid, attention_mask, past_key_values, packing)
+        masks = LayerMasks(self.config, True, grid, attention_mask, given_cache, packing, given_positions)
         hidden_states = self.drop(hidden_states)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
@@ -230,7 +240,9 @@ class ZooGPT2LMHeadModel(ZooGPT2PreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """As the official class; packed, a row's first real token is no target, whatever pads it on the left."""
-        packing = self.transformer.plan(input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        packing = self.transformer.plan(
+            input_ids, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
+        )
         output = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds,
             use_cache=use_cache, packing=packing, return_dict=True, **kwargs,
@@ -271,7 +283,9 @@ class _Head(ZooGPT2PreTrainedModel):
     def _run(self, input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
              **kwargs):  # fmt: skip
         """The model's output, as packed as it ran, and its packing."""
-        packing = self.transformer.plan(input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        packing = self.transformer.plan(
+            input_ids, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
+        )
         inputs = input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds
         return self.transformer(*inputs, use_cache=use_cache, packing=packing, return_dict=True, **kwargs), packing
 

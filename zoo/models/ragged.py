@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
@@ -31,7 +32,8 @@ class Packing:
     """The real tokens of a padded batch, in row order.
 
     `indices` (tokens,): each token's place in the flattened (batch, length) grid, or None when every slot is real.
-    `lengths`: real tokens of each row, zeros included. `memory`: the packing of what cross-attention reads.
+    `lengths`: real tokens of each row, zeros included, or of each document where several share a row. `memory`: the
+    packing of what cross-attention reads.
     """
 
     indices: torch.Tensor | None
@@ -52,9 +54,21 @@ class Packing:
         return cls(indices, lengths, real.shape[0], real.shape[1], real.device, real.device.type == "cpu")
 
     @classmethod
-    def full(cls, batch_size: int, length: int, device: torch.device) -> "Packing":
-        """Of a batch without padding."""
-        return cls(None, [length] * batch_size, batch_size, length, device, device.type == "cpu")
+    def full(
+        cls, batch_size: int, length: int, device: torch.device, position_ids: torch.Tensor | None = None
+    ) -> "Packing":
+        """Of a batch without padding. position_ids: (batch, length), which begin anew at each document of a row."""
+        lengths = [length] * batch_size
+        documents = None if position_ids is None else find_packed_sequence_indices(position_ids)
+        if documents is not None:
+            documents = documents.expand(batch_size, -1)
+            lengths = torch.cat([torch.unique_consecutive(row, return_counts=True)[1] for row in documents]).tolist()
+        return cls(None, lengths, batch_size, length, device, device.type == "cpu")
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether all sequences are alike long, a row each."""
+        return self.indices is None and len(self.lengths) == self.batch_size
 
     @cached_property
     def tokens(self) -> int:
@@ -84,7 +98,7 @@ class Packing:
     def row_slots(self) -> list[torch.Tensor | None]:
         """The columns of each row's tokens, or None for a row without holes, whose columns are consecutive."""
         if self.indices is None:
-            return [None] * self.batch_size
+            return [None] * len(self.lengths)
         rows = self.slots.split(self.lengths)
         return [row if len(row) and int(row[-1] - row[0]) >= len(row) else None for row in rows]
 
@@ -228,12 +242,15 @@ class RaggedMixin(nn.Module):
         *,
         pooled: bool = False,
         cached_tokens: int = 0,
+        position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> Packing | None:
         """How to pack `inputs` (batch, length, ...), or None to run padded.
 
-        `pooled`: column 0 is read by a pooler. `cached_tokens`: keys already in the cache. `kwargs`: the rest of the
-        call, searched for what only the padded form can do. Raises ValueError with the reason if the mode is `"on"`.
+        `pooled`: column 0 is read by a pooler. `cached_tokens`: keys already in the cache. `position_ids`: of a model
+        whose masks keep the documents of a row apart, as transformers' do where there is neither a mask nor a cache.
+        `kwargs`: the rest of the call, searched for what only the padded form can do. Raises ValueError with the reason
+        if the mode is `"on"`.
         """
         if self._ragged == "off":
             return None
@@ -242,7 +259,7 @@ class RaggedMixin(nn.Module):
         if why is None:
             batch_size, length = inputs.shape[:2]
             if attention_mask is None:
-                packing = Packing.full(batch_size, length, inputs.device)
+                packing = Packing.full(batch_size, length, inputs.device, position_ids)
             else:
                 packing = Packing.from_mask(attention_mask)
             if packing.tokens == 0:

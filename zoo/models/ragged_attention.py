@@ -43,7 +43,7 @@ def ragged_attention(
         # the function chooses its own precision
         with torch.autocast(query.device.type, enabled=False):
             return _DropoutAttention.apply(query, key, value, position_bias, rows, scaling, dropout)
-    if packing.indices is None and kv_packing.indices is None:
+    if packing.is_grid and kv_packing.is_grid:
         return _grid_attention(query, key, value, rows, scaling)
     outputs = []
     split = query.split(packing.lengths), key.split(kv_packing.lengths), value.split(kv_packing.lengths)
@@ -135,7 +135,7 @@ class Rows:
 
     @cached_property
     def parts(self) -> list[Part]:
-        return [part for row in range(self.packing.batch_size) for part in self.parts_of(row)]
+        return [part for row in range(len(self.packing.lengths)) for part in self.parts_of(row)]
 
     @cached_property
     def pairs(self) -> list[int]:
