@@ -14,12 +14,13 @@ OUTSIDE = {"torch", "transformers", "huggingface_hub"}  # of a model that is shi
 
 # a module may import those of the layers before its own, and its neighbours only where NEIGHBOURS says so
 LAYERS = [
-    {"errors", "files", "memory", "quiet", "metrics", "report", "sizes"},
+    {"chats", "errors", "files", "memory", "quiet", "metrics", "report", "sizes"},
     {"service", "hub_errors", "console", "weights"},
     {"task_types"},
     {"sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
-    {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples", "finetuning"},
+    {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples", "finetuning"}
+    | {"packed_rows"},
     {"fresh", "roles"},
     {"streaming"},
     {"loading", "data", "tasks"},

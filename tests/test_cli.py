@@ -317,13 +317,20 @@ def test_shipped_recipes_run(tmp_path, name):
     assert load_recipe(name).smoke().train["max_steps"] == 4
     text = shipped_recipes()[name].read_text()
     assert text.startswith("# ") and f"# Run: zoo train recipes/{name}.yaml" in text and "# Expected: " in text
+    start = str(load_recipe(name).model.path)
+    for first in shipped_recipes():
+        if start == f"runs/{load_recipe(first).name}":
+            # it begins where another recipe ends
+            assert zoo("train", first, "--smoke", "data.limit=24", cwd=tmp_path)[0] == 0
     code, out, err = zoo("train", name, "--smoke", "--json", "data.limit=24", "--output-dir", "run", cwd=tmp_path)
     assert code == 0, err
     answer = json.loads(out)
     writes = "generate:" in text
     # of words the loss begins near ln 30,522, of classes near ln 8 or 10
     assert 0 < answer["test_loss"] < (11 if writes else 4)
-    of_task = {"text-generation": "test_token_loss", "summarization": "test_rouge1"}
+    of_task = {"summarization": "test_rouge1"} | dict.fromkeys(
+        ("text-generation", "instruction-tuning"), "test_token_loss"
+    )
     measured = of_task.get(load_recipe(name).task.type, "test_accuracy")
     assert 0 <= answer[measured] <= (11 if measured == "test_token_loss" else 1)
     assert "4/4 [" in err, "a bar shows the steps"

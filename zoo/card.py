@@ -1,5 +1,6 @@
 """The model card: what a person, and a hub, should know of a finished run."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from email.parser import HeaderParser
@@ -115,8 +116,9 @@ def _per_class(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
 def _usage(recipe: Recipe, task: Task, usage: str | None, variant: bool) -> str:
     trusted = ", trust_remote_code=True" if variant else ""
     cut = f", truncation=True, max_length={recipe.task.max_length}" if task.name == "text-classification" else ""
+    prefix = json.dumps(recipe.task.prefix or "", ensure_ascii=False)[1:-1]
     if usage is not None:
-        lines = ["```python", usage.format(trusted=trusted), "```"]
+        lines = ["```python", usage.format(trusted=trusted, prefix=prefix), "```"]
     else:
         lines = ["```python", "from transformers import pipeline", "", f'pipe = pipeline("{task.name}", "."{trusted})']
         lines += [f"print(pipe({task.example}{cut}))", "```"]

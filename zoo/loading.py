@@ -31,6 +31,7 @@ from zoo.fresh import recipe_config
 from zoo.hub_errors import hub_failure
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
+from zoo.recipe_loading import shipped_recipes
 from zoo.sections import ModelSection, TokenizerSection
 from zoo.sources import resolve
 from zoo.weights import assert_same_weights, base_prefix, may_be_new
@@ -56,6 +57,7 @@ def load_processor(section: ModelSection, kind: str) -> Processor:
         return ViTImageProcessorPil()
     if kind == "image_processor" and section.tokenizer is not None:
         raise UserError("model.tokenizer: images have none; remove the key")
+    _check_made(path)
     source = resolve(path, kind="model", revision=section.revision)
     auto = AutoTokenizer if kind == "tokenizer" else _auto_image_processor()
     try:
@@ -81,6 +83,13 @@ def complete(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is not None:
             print(f"the tokenizer has no padding token: {tokenizer.pad_token} pads, and is saved as such")
+
+
+def _check_made(path: str) -> None:
+    """Raises UserError for what a shipped recipe leaves, and has not left yet: a hub would be asked for it."""
+    made = {f"runs/{name.replace('/', '-')}": name for name in shipped_recipes()}
+    if path in made and not Path(path).exists():
+        raise UserError(f"model {path}: not there; this makes it: zoo train {made[path]}")
 
 
 def _auto_image_processor():

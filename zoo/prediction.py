@@ -13,12 +13,14 @@ from tqdm import tqdm
 from transformers import pipeline
 from transformers.pipelines.base import PipelineException
 
+from zoo.chats import with_prefix
 from zoo.errors import RunError, UserError
 from zoo.files import replacing
 from zoo.images import image_column
 from zoo.model_directory import Finished, open_finished
 from zoo.reading import read_rows
 from zoo.task_types import TASK_TYPES
+from zoo.tasks.instruction_tuning import chat_ids
 
 SHOW_BAR_AFTER_SECONDS = 2
 
@@ -29,7 +31,8 @@ def run(
     """An answer for each text or image file, or each row of a file of them.
 
     Each has `id`, what was asked, `predicted` and, of classes, `probabilities`; of vectors, `embedding`. file: any the
-    datasets library reads, with a column `text` (and `text_pair`) or `image`, or the names of the run's own data.
+    datasets library reads, with a column `text` (and `text_pair`), `image`, `prompt` or `messages`, or the names of the
+    run's own data.
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
     if bool(asked) == (file is not None):
@@ -38,6 +41,7 @@ def run(
     first = finished.task.asked[0]
     rows = _rows(finished, file) if file is not None else [{first: one} for one in asked]
     given = [finished.task.ask(row, number, finished.processor) for number, row in enumerate(rows)]
+    given = [with_prefix(finished.recipe.task.prefix, one) if isinstance(one, list) else one for one in given]
     if TASK_TYPES[finished.task.name].generates:
         _check_room(finished, given)
     return _answers(finished, rows, given)
@@ -71,14 +75,14 @@ def _rows(finished: Finished, file: Path) -> list[dict[str, Any]]:
         names = [name for name in (named.get(role, role), role) if name in rows.column_names]
         if names:
             wanted[role] = names[0]
-    if first not in wanted:
+    if first not in wanted and "messages" not in wanted:
         raise UserError(f"--file {file}: no column {first!r}; it has {', '.join(rows.column_names)}")
     if first == "image":
         rows = image_column(rows, wanted[first], file.parent, f"--file {file}")
     return [{role: row[name] for role, name in wanted.items()} for row in rows]
 
 
-def _check_room(finished: Finished, texts: Sequence[str]) -> None:
+def _check_room(finished: Finished, texts: Sequence[Any]) -> None:
     """Raises UserError for a text that leaves a decoder no positions to write at; encoders get texts that are cut."""
     tokenizer: Any = finished.processor
     config, positions = finished.model.config, getattr(finished.model.config, "max_position_embeddings", None)
@@ -86,7 +90,8 @@ def _check_room(finished: Finished, texts: Sequence[str]) -> None:
         return
     new = getattr(finished.model.generation_config, "max_new_tokens", None) or 1
     for number, text in enumerate(texts):
-        tokens = len(tokenizer(text)["input_ids"])
+        ids = tokenizer(text)["input_ids"] if isinstance(text, str) else chat_ids(tokenizer, text, ask=True)
+        tokens = len(ids)
         # the last token is written and never read
         if tokens + new - 1 > positions:
             raise UserError(
@@ -108,7 +113,7 @@ def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence
     bar = tqdm(answers, total=len(rows), unit=task.asked[0], delay=SHOW_BAR_AFTER_SECONDS, desc="Predicting")
     try:
         for number, (row, answer) in enumerate(zip(rows, bar, strict=True)):
-            named = {role: value for role, value in row.items() if isinstance(value, str)}
+            named = {role: value for role, value in row.items() if isinstance(value, str | list)}
             yield {"id": number, **named, **task.answer(recipe.task, answer)}
     except PipelineException as error:
         # a mask that is behind the cut is not found
@@ -118,7 +123,8 @@ def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence
 def in_lines(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
     """For people: what was predicted, how surely, and the beginning of the text, or the image's file."""
     for answer in _with_nearest(iter(answers)):
-        text = answer.get("text") or answer.get("image") or f"image {answer['id']}"
+        told = answer["messages"][-1]["content"] if "messages" in answer else f"image {answer['id']}"
+        text = next((answer[name] for name in ("text", "prompt", "image") if answer.get(name)), told)
         yield f"{'  '.join(chain(_predicted(answer)))}  {_beginning(text)}"
 
 

@@ -35,6 +35,7 @@ def run(recipe: Recipe, split: str = "train", rows: int = 3) -> list[dict[str, A
     for note in splits.notes:
         print(note)
     processor = processor_for(recipe.model, task.processor, splits)
+    task.prepare(processor)
     asked = getattr(splits, split)
     if asked is None:
         raise UserError(f"--split {split}: the data has no such split")

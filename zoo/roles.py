@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset, LargeList, List
 
+from zoo.chats import chat_fault
 from zoo.errors import UserError, did_you_mean
 from zoo.images import from_pixels, image_column
 from zoo.labels import NOTHING
@@ -26,7 +27,7 @@ def by_role(
         others = [columns[role] for role in roles if role != "image" and columns[role] in rows.column_names]
         columns["image"] = "image"
         rows = from_pixels(rows, section.pixels, others, where)
-    wanted = [role for role in roles if role not in _OPTIONAL or role in given or role in rows.column_names]
+    wanted = _wanted(roles, given, rows.column_names)
     for role in wanted:
         if columns[role] not in rows.column_names:
             near = did_you_mean(columns[role], rows.column_names)
@@ -46,6 +47,15 @@ def by_role(
     if "image" in wanted:
         rows = image_column(rows, "image", folder, where)
     return rows
+
+
+def _wanted(roles: Sequence[str], given: Mapping[Any, str], names: Sequence[str]) -> list[str]:
+    """The roles that are read: a second text only where there is one; messages, or else a prompt and a completion."""
+    pairs = ("prompt", "completion")
+    in_messages = "messages" in given or ("messages" in names and not any(role in given for role in pairs))
+    alternatives = pairs if in_messages or "messages" not in roles else ("messages",)
+    there = [role for role in roles if role not in alternatives]
+    return [role for role in there if role not in _OPTIONAL or role in given or role in names]
 
 
 def filled(rows: Dataset, roles: Sequence[str]) -> Dataset:
@@ -82,5 +92,12 @@ def _check_tokens(rows: Dataset, role: str, column: str, split: str, path: str) 
             )
 
 
+def _check_chats(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
+    for row, chat in zip(rows["row"], rows[role], strict=True):
+        if fault := chat_fault(chat, answered=True):
+            raise UserError(f"data {path}: {split} row {row}: the chat in column {column!r} {fault}")
+
+
 _OPTIONAL = ("text_pair", "negative")
-_TEXTS = {**dict.fromkeys(("text", *_OPTIONAL), _check_texts), "tokens": _check_tokens}
+_TEXTS = {**dict.fromkeys(("text", *_OPTIONAL, "prompt", "completion"), _check_texts), "tokens": _check_tokens}
+_TEXTS["messages"] = _check_chats

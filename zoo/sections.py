@@ -140,10 +140,11 @@ class Augmentation(Section):
 class TaskSection(Section):
     """What is learned. `max_length` and `stride` count tokens, `image_size` the pixels of a side.
 
-    `max_target_length` is that of summaries, `prefix` stands before each text. `stride`: a longer text is read in
-    windows that overlap by so much, and their logits are pooled; without it the text is cut. `pooling` is that of
-    windows, or of the tokens of a text that becomes a vector. `metrics`: more of them, each with its options, by the
-    name of one of ours, a file, or a name on the hub.
+    `max_target_length` is that of summaries, `prefix` stands before each text, or each prompt. `packing`: training rows
+    hold as many texts as fit, which do not see each other. `stride`: a longer text is read in windows that overlap by
+    so much, and their logits are pooled; without it the text is cut. `pooling` is that of windows, or of the tokens of
+    a text that becomes a vector. `metrics`: more of them, each with its options, by the name of one of ours, a file, or
+    a name on the hub.
     """
 
     type: str
@@ -158,6 +159,7 @@ class TaskSection(Section):
     mean_noise_span_length: float | None = Field(default=None, ge=1)
     max_target_length: int | None = Field(default=None, gt=0)
     prefix: Text | None = None
+    packing: bool | None = None
     image_size: int | None = Field(default=None, gt=0)
     augmentation: Augmentation | None = None
     metrics: dict[Text, dict[str, Any]] = Field(default_factory=dict)

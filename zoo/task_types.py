@@ -10,7 +10,9 @@ DEFAULT_THRESHOLD = 0.5
 DEFAULT_MLM_PROBABILITY = 0.15
 DEFAULT_TARGET_LENGTH = 64
 DEFAULT_TEMPERATURE = 0.05
-Role = Literal["text", "text_pair", "label", "tokens", "tags", "image", "summary", "negative"]
+Role = Literal[
+    "text", "text_pair", "label", "tokens", "tags", "image", "summary", "negative", "messages", "prompt", "completion"
+]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,13 @@ TASK_TYPES = {
         ("max_length", "mlm_probability"),
     ),
     "text-generation": TaskType(
-        "Causal language modelling: the next token of a text.", ("text",), ("max_length",), generates=True
+        "Causal language modelling: the next token of a text.", ("text",), ("max_length", "packing"), generates=True
+    ),
+    "instruction-tuning": TaskType(
+        "Chats: the answers of messages, or a completion for a prompt, by a causal model.",
+        ("messages", "prompt", "completion"),
+        ("max_length", "prefix", "packing"),
+        generates=True,
     ),
     "span-corruption": TaskType(
         "T5's pretraining: the spans that were hidden in a text.",

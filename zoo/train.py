@@ -35,6 +35,7 @@ from zoo.files import as_json, write_json, write_text
 from zoo.loading import Processor, fit_images, load_model, set_generation
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
+from zoo.packed_rows import PackedRows, check_kept_apart
 from zoo.reading import room_in_cache
 from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
@@ -91,14 +92,17 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     for note in splits.notes:
         print(note)
     processor = processor_for(recipe.model, task.processor, splits, output_dir / CHECKPOINTS / TOKENIZER)
+    settings = task.prepare(processor)
     model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
     fit_images(model, processor, recipe.task.image_size)
     generation = None
     if TASK_TYPES[task.name].generates:
         length = recipe.task.max_target_length or DEFAULT_TARGET_LENGTH
         # said outright: a pipeline would draw where nothing is said
-        generation = set_generation(model, {"max_new_tokens": length, "do_sample": False}, recipe.generate)
+        generation = set_generation(model, {"max_new_tokens": length, "do_sample": False, **settings}, recipe.generate)
     task.check(recipe.task, model)
+    if recipe.task.packing:
+        check_kept_apart(model)
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is not None:
@@ -328,10 +332,14 @@ def encoded(
     if "label" in rows.column_names and hasattr(rows.features["label"], "names"):
         names, numbers = rows.features["label"].names, list(rows["label"])
         words.append("labels " + ", ".join(f"{name} {numbers.count(n):,}" for n, name in enumerate(names)))
+    lengths = list(found["tokens"]) if recipe.task.packing and training else None
     found = found.remove_columns([name for name in COUNTED if name in found.column_names])
     if not found.column_names:
         # images were looked at only: they go to the batches as they are
         found = rows.rename_column("label", "labels")
+    if lengths is not None:
+        packed = PackedRows(found, lengths, recipe.task.max_length)
+        return packed, "; ".join([*words, packed.note])
     drawn = task.draws == "all" or (task.draws is not None and training)
     return WithDraws(found, seed, task.others) if drawn else found, "; ".join(words)
 

@@ -7,6 +7,7 @@ from zoo.sections import TaskSection
 from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.image_classification import IMAGE_CLASSIFICATION
+from zoo.tasks.instruction_tuning import INSTRUCTION_TUNING
 from zoo.tasks.sentence_pairs import NEXT_SENTENCE_PREDICTION, SENTENCE_ORDER_PREDICTION
 from zoo.tasks.sentence_similarity import SENTENCE_SIMILARITY
 from zoo.tasks.span_corruption import SPAN_CORRUPTION
@@ -25,6 +26,7 @@ TASKS: dict[str, list[Task]] = {
     "next-sentence-prediction": [NEXT_SENTENCE_PREDICTION],
     "sentence-order-prediction": [SENTENCE_ORDER_PREDICTION],
     "text-generation": [TEXT_GENERATION],
+    "instruction-tuning": [INSTRUCTION_TUNING],
     "span-corruption": [SPAN_CORRUPTION],
     "summarization": [SUMMARIZATION],
     "sentence-similarity": [SENTENCE_SIMILARITY],

@@ -25,7 +25,7 @@ IGNORED = -100  # the label of a token that is not learned
 LOWER_IS_BETTER = ("mse", "mae", "perplexity", "calibration_error")
 
 # columns of encoded rows that are counted before training, and never reach a batch
-COUNTED = ("truncated", "unknown", "tokens", "width", "height", "targets_cut")
+COUNTED = ("truncated", "unknown", "tokens", "width", "height", "targets_cut", "learned")
 # families whose first token stands behind the position of check_padding
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
@@ -49,6 +49,7 @@ class Task:
     encode: (processor, section) -> a function of a batch of rows, as `Dataset.map` calls it; its columns COUNTED are
     what `counts` puts in words, from the encoded rows, how many rows there were, and the section.
     collate: (processor, section) -> a function of a list of encoded rows to a batch of tensors.
+    prepare: makes a processor fit for training, and says what `generate` begins with; a finished one is.
     draws: the rows whose collate makes random choices, from the `draw` that each of them then carries. others: it wants
     as `other` a row of another text, too.
     check: raises UserError for a model that cannot read what this section makes.
@@ -65,12 +66,12 @@ class Task:
     writes: predictions are what the model generates, and not its logits. learn: section -> a function of a model that
     has no head, and of a batch, to the loss, a mean over rows, and what is gathered as predictions.
 
-    asked: the roles that a prediction wants; ask: (these of a row, its number, processor) -> what a pipeline takes, or
-    UserError. pipeline: section -> transformers' own pipeline, or one of ours, and the options of a call. answer: what
-    that says, under the names of `predictions.jsonl`. example: what a card asks it; usage: the card's whole code, where
-    transformers has no such pipeline, with a place for `trusted`, or (section, model) -> it. tag: the hub's
-    name for it, where that is another; library: what opens the model. files: (section, model) -> what that wants
-    to find beside the weights, by name.
+    asked: the roles that a prediction wants, the first of them or messages at least; ask: (these of a row, its number,
+    processor) -> what a pipeline takes, or UserError. pipeline: section -> transformers' own pipeline, or one of ours,
+    and the options of a call. answer: what that says, under the names of `predictions.jsonl`. example: what a card asks
+    it; usage: the card's whole code, where transformers has no such pipeline, with places for `trusted` and `prefix`,
+    or (section, model) -> it. tag: the hub's name for it, where that is another; library: what opens the model. files:
+    (section, model) -> what that wants to find beside the weights, by name.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Task:
     ask: Callable[[dict[str, Any], int, Any], Any] = ask_text
     example: str = '"Wheat shipments rose"'
     processor: Literal["tokenizer", "image_processor"] = "tokenizer"
+    prepare: Callable[[Any], dict[str, Any]] = lambda processor: {}
     check: Callable[[TaskSection, PreTrainedModel], None] = lambda section, model: None
     records: (
         Callable[[TaskSection, Sequence[str], Any], Callable[[EvalPrediction], Iterator[dict[str, Any]]]] | None

@@ -11,14 +11,19 @@ from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
+from zoo.packed_rows import packed_batch
 from zoo.sections import TaskSection
 from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, check_padding
 
+LOSS_METRICS = ("token_loss", "perplexity")
+
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
-    """Each text whole, in pieces of at most `max_length` tokens, the last of which says that it ends; one of a single
-    token, of which nothing could be learned, is left out."""
+    """Each text whole, in pieces of at most `max_length` tokens, the last of which says that it ends.
+
+    The first token of a piece is no label, so that all labels are learned; a last piece of one token is left out.
+    """
     if section.max_length < 2:
         raise UserError("task.max_length: 1, but a token is learned from those before it; give 2 or more")
 
@@ -28,11 +33,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
         for row, ids in zip(rows["row"], tokenizer(rows["text"], verbose=False)["input_ids"], strict=True):
             end = tokenizer.eos_token_id
             whole = ids if end is None or ids[-1:] == [end] else [*ids, end]
-            for start in range(0, len(whole) - 1, section.max_length):
+            for start in range(0, max(len(whole) - 1, 0), section.max_length):
                 piece = whole[start : start + section.max_length]
                 found["input_ids"].append(piece)
                 found["attention_mask"].append([1] * len(piece))
-                found["labels"].append(piece)
+                found["labels"].append([IGNORED, *piece[1:]])
                 found["row"].append(row)
                 found["unknown"].append(0 if tokenizer.unk_token_id is None else piece.count(tokenizer.unk_token_id))
                 found["tokens"].append(len(piece))
@@ -43,20 +48,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
 
 def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
     if len(encoded) == 0:
-        raise UserError("data: no text has two tokens, so that one could be learned from the other")
+        raise UserError("data: no text has two tokens, so that one of them could follow the other")
     unknown, tokens = sum(encoded["unknown"]), sum(encoded["tokens"])
     pieces = f"{len(encoded):,} pieces of at most {section.max_length} tokens"
     return f"{texts:,} texts; {pieces}; {unknown:,} of {tokens:,} tokens unknown"
 
 
-def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
+def collate_next_tokens(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
     check_padding(tokenizer)
     # labels end where their text does, whatever id pads it
     pad = DataCollatorForTokenClassification(tokenizer)
-    return lambda rows: dict(pad(rows))
+    return lambda rows: packed_batch(rows, tokenizer.pad_token_id) if "position_ids" in rows[0] else dict(pad(rows))
 
 
-def _reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+def token_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     """(batch, length): the loss of each token, 0 where there is none: whole logits would fill the memory."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -64,7 +69,7 @@ def _reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     return losses.view_as(labels)
 
 
-def _metrics(section: TaskSection, labels: Sequence[str], processor: Any):
+def loss_metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         losses, gold = arrays(prediction)
         learned = gold[:, 1:] != IGNORED
@@ -75,7 +80,7 @@ def _metrics(section: TaskSection, labels: Sequence[str], processor: Any):
     return metrics
 
 
-def _answer(section: TaskSection, answer: Any) -> dict[str, Any]:
+def written(section: TaskSection, answer: Any) -> dict[str, Any]:
     return {"predicted": answer[0]["generated_text"]}
 
 
@@ -87,10 +92,10 @@ TEXT_GENERATION = Task(
     encode=_encode,
     counts=_counts,
     check=check_length,
-    collate=_collate,
-    metrics=_metrics,
-    metric_names=("token_loss", "perplexity"),
-    reduce=_reduce,
+    collate=collate_next_tokens,
+    metrics=loss_metrics,
+    metric_names=LOSS_METRICS,
+    reduce=token_losses,
     pipeline=lambda section: (None, {"return_full_text": False}),
-    answer=_answer,
+    answer=written,
 )
