@@ -321,7 +321,8 @@ def test_shipped_recipes_run(tmp_path, name):
     for first in shipped_recipes():
         if start == f"runs/{load_recipe(first).name}":
             # it begins where another recipe ends
-            assert zoo("train", first, "--smoke", "data.limit=24", cwd=tmp_path)[0] == 0
+            small = ("--smoke", "data.limit=24", "--output-dir", start)
+            assert zoo("train", first, *small, cwd=tmp_path)[0] == 0
     code, out, err = zoo("train", name, "--smoke", "--json", "data.limit=24", "--output-dir", "run", cwd=tmp_path)
     assert code == 0, err
     answer = json.loads(out)
