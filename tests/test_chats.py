@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast,
 
 import zoo.evaluation
 import zoo.prediction
+import zoo.preview
 from tests.conftest import read_r8
 from tests.test_runs import read_lines, read_metrics, write_jsonl
 from tests.test_writing import GPT, recipe
 from zoo.data import load_splits
 from zoo.errors import UserError
+from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.sections import DataSection, TaskSection
 from zoo.task_types import TASK_TYPES
@@ -317,3 +319,27 @@ def test_what_a_shipped_recipe_would_leave_is_named(tmp_path, monkeypatch):
         UserError, match="runs/gpt2-pretrain-news: not there; this makes it: zoo train gpt2/pretrain-news"
     ):
         run(load_recipe("gpt2/instruct-news"), tmp_path / "run")
+
+
+def test_a_preview_shows_what_is_learned(talk):
+    made = load_recipe(str(talk[0] / "recipe.yaml"))
+    assert made.task.packing
+    (sample,) = zoo.preview.run(made, "test", 1)
+    learned = [token for token in sample["labels"] if token is not None]
+    assert " ".join(learned).replace(" ##", "") == "prices rose [SEP] the company said shares fell [SEP]"
+    assert sample["tokens"][:2] == ["[CLS]", "<|system|>"] and "<|user|>" in sample["tokens"]
+
+
+def test_a_stream_of_chats(talk, tiny_bert, tmp_path):
+    """Not packed: that is refused, as the lengths of all texts are not known."""
+    folder = talk[0].parent
+    task = {"type": "instruction-tuning", "max_length": 48}
+    made = recipe(tiny_bert, folder, GPT, task, {}, max_steps=2, eval_steps=2, save_steps=2)
+    files = {"train": "train.jsonl", "validation": "test.jsonl", "test": "test.jsonl"}
+    streamed = made.model_dump() | {
+        "data": made.data.model_dump() | {"streaming": True, "files": files, "validation": 3}
+    }
+    assert math.isfinite(run(Recipe.model_validate(streamed), tmp_path / "run")["eval_token_loss"])
+    (tmp_path / "r.yaml").write_text(Recipe.model_validate(streamed).to_yaml())
+    with pytest.raises(UserError, match=r"task.packing=true: of a stream the lengths of all texts are not known"):
+        load_recipe(str(tmp_path / "r.yaml"), ["task.packing=true"])

@@ -88,6 +88,8 @@ class Recipe(Section):
             yield ("train", "train_sampling_strategy"), "a stream comes in blocks that are shuffled; remove the key"
         if self.task.class_weights is not None:
             yield ("task", "class_weights"), "of a stream it is not known how often a class comes; remove the key"
+        if self.task.packing:
+            yield ("task", "packing"), "of a stream the lengths of all texts are not known, to pack by; remove the key"
 
     def _smooths(self) -> bool:
         """Whether a label is one class of several, and the loss about it alone."""
