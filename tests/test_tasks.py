@@ -292,7 +292,7 @@ def test_spans_are_those_of_seqeval(prefixes):
 
 def test_windows_are_pooled():
     logits, labels = np.array([[1.0, 0.0], [3.0, 2.0], [5.0, 5.0]]), np.array([1, 1, 0])
-    rows = [7, 7, 3]
+    rows = {"row": [7, 7, 3]}
     mean = pooled(section(stride=4), EvalPrediction(logits, labels), rows)
     assert mean.predictions.tolist() == [[2.0, 1.0], [5.0, 5.0]] and mean.label_ids.tolist() == [1, 0]
     largest = pooled(section(stride=4, pooling="max"), EvalPrediction(logits, labels), rows)

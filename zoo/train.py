@@ -357,7 +357,7 @@ def stream(unread: Unread, recipe: Recipe, task: Task, processor: Processor, see
     return Stream(unread, samples, seed, task.others)
 
 
-def by_rows(task: Task, recipe: Recipe, prediction: EvalPrediction, rows: Sequence[int]) -> EvalPrediction:
+def by_rows(task: Task, recipe: Recipe, prediction: EvalPrediction, rows: Any) -> EvalPrediction:
     """One prediction a row, where rows were encoded as several."""
     return prediction if task.pool is None else task.pool(recipe.task, prediction, rows)
 

@@ -38,7 +38,7 @@ class ZooTrainer(StepLoss):
     data: dict[str, Any] = {}  # where the rows come from, with hashes, which checkpoints keep
     decay: float | None = None
     rows: list[int] = []
-    evaluated_rows: list[int] = []
+    evaluated_rows: Any = None
     resumed_from: Path | None = None
     opens_stream = False
     started = 0.0
@@ -175,9 +175,8 @@ class ZooTrainer(StepLoss):
         return SequentialSampler(eval_dataset)
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        rows = dataloader.dataset
-        # of texts in windows, which belong together
-        self.evaluated_rows = list(rows["row"]) if "row" in getattr(rows, "column_names", ()) else []
+        # what metrics read beside predictions, such as the row of each window
+        self.evaluated_rows = dataloader.dataset
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:

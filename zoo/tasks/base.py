@@ -37,7 +37,7 @@ def ask_text(row: dict[str, Any], number: int, tokenizer: Any) -> Any:
             raise UserError(f"predict: {role} {number} is {'empty' if text == '' else repr(text)}")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"predict: {role} {number} is not UTF-8: {text[:60]!r}")
-    return row if "text_pair" in row else row["text"]
+    return row if len(row) > 1 else row["text"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Task:
 
     metrics: (section, label names, processor) -> a function of gathered predictions to numbers, under `metric_names`.
     reduce: logits on the device -> what is gathered, where whole logits would be too much.
-    pool: (section, predictions, the row of each) -> predictions a row, where a row was encoded as several.
+    pool: (section, predictions, the encoded rows) -> predictions a row, where a row was encoded as several.
     records: (section, label names, processor) -> a function of gathered predictions to a mapping for each row: `gold`,
     `predicted`, `probabilities`. None where a row has no answer of its own.
     classes: (label names, records) -> a table of each class. loss: (section, labels of train, classes, smoothing) ->
@@ -95,7 +95,7 @@ class Task:
         Callable[[TaskSection, Sequence[str], Any], Callable[[EvalPrediction], Iterator[dict[str, Any]]]] | None
     ) = None
     classes: Callable[[Sequence[str], Records], Table] | None = None
-    pool: Callable[[TaskSection, EvalPrediction, Sequence[int]], EvalPrediction] | None = None
+    pool: Callable[[TaskSection, EvalPrediction, Any], EvalPrediction] | None = None
     loss: Callable[[TaskSection, Sequence[int], int, float], Callable | None] | None = None
     row_loss: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None
     problem_type: str | None = None

@@ -46,16 +46,16 @@ def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collat
     return lambda rows: dict(pad(rows))
 
 
-def pooled(section: TaskSection, prediction: EvalPrediction, rows: Sequence[int]) -> EvalPrediction:
-    """One prediction a text from those of its windows, which stand together; `rows` names the text of each."""
+def pooled(section: TaskSection, prediction: EvalPrediction, rows: Any) -> EvalPrediction:
+    """One prediction a text from those of its windows, which stand together; `row` of `rows` names the text of each."""
     if section.stride is None:
         return prediction
     logits, labels = arrays(prediction)
-    starts = np.flatnonzero(np.diff(rows, prepend=np.nan) != 0)
+    starts = np.flatnonzero(np.diff(rows["row"], prepend=np.nan) != 0)
     if section.pooling == "max":
         logits = np.maximum.reduceat(logits, starts)
     else:
-        logits = np.add.reduceat(logits, starts) / np.diff(starts, append=len(rows))[:, None]
+        logits = np.add.reduceat(logits, starts) / np.diff(starts, append=len(logits))[:, None]
     return EvalPrediction(logits, labels[starts])
 
 
