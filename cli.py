@@ -250,12 +250,14 @@ def evaluate(
 def predict(
     directory: Annotated[Path, typer.Argument(help="A directory that zoo train has made.")],
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to answer for.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Rows with a column text: jsonl, csv, parquet, txt.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Rows with a column text (or as the task has): jsonl, csv, parquet, txt.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file.")] = None,
     trust_remote_code: Trusted = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict with a finished model: labels, spans, numbers, masked words or vectors.
+    """Predict with a finished model: labels, spans, numbers, masked words, vectors or answers.
 
     Examples:
 
@@ -377,7 +379,7 @@ def baseline(
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
     as_json: AsJson = False,
 ) -> None:
-    """What the simplest methods reach on a recipe's data: the largest class, TF-IDF, the lead sentence, bigrams.
+    """What the simplest methods reach on a recipe's data: the largest class, TF-IDF, a sentence of the text, bigrams.
 
     Examples:
 

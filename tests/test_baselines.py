@@ -55,6 +55,28 @@ def test_the_lead_sentence(tmp_path):
     assert found["its first 3 words"] == pytest.approx({"rouge1": 0.75, "rouge2": 2 / 3, "rougeL": 0.75})
 
 
+def test_the_nearest_sentence(tmp_path):
+    def row(question: str, *answers: str) -> dict:
+        context = "Oil rose in May. The price of wheat fell! The oil is dear."
+        starts = [context.index(answer) for answer in answers]
+        return {
+            "question": question,
+            "context": context,
+            "answers": {"text": list(answers), "answer_start": starts},
+        }
+
+    write_jsonl(tmp_path / "train.jsonl", [row("What?", "Oil")] * 12)
+    # rare words weigh more: "the" and "oil" stand in two sentences, "price" in one
+    test = [row("the price oil", "The price of wheat fell!"), row("Whose?"), row("oil in May", "May")]
+    write_jsonl(tmp_path / "test.jsonl", test)
+    found = run(recipe(tmp_path, {"type": "question-answering", "version_2_with_negative": True}))
+    assert found["no answer"] == {"exact_match": pytest.approx(1 / 3), "f1": pytest.approx(1 / 3)}
+    # "oil rose in may" for "may": precision 1/4, recall 1
+    assert found["the first sentence"] == {"exact_match": 0.0, "f1": pytest.approx(0.4 / 3)}
+    nearest = {"exact_match": pytest.approx(1 / 3), "f1": pytest.approx((1 + 0.4) / 3)}
+    assert found["the sentence nearest to the question"] == nearest
+
+
 def test_next_tokens(tiny_bert, tmp_path):
     texts = {split: [text for text, _ in read_r8(split, count)] for split, count in (("train", 200), ("test", 40))}
     for split, part in texts.items():

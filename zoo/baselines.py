@@ -24,6 +24,7 @@ from zoo.images import open_image
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
 from zoo.tasks.retrieval import ranks, retrieval, text_id
+from zoo.tasks.squad import squad
 from zoo.tasks.summarization import rouge
 from zoo.tokenizer import processor_for
 from zoo.train import training_arguments
@@ -37,7 +38,7 @@ def run(recipe: Recipe, split: str = "test") -> dict[str, dict[str, float]]:
     task = task_of(recipe.task)
     if task.problem_type != "single_label_classification" and task.name not in _OTHERS:
         raise UserError(
-            f"baseline: {task.name} has none; there are some of classes, summaries, next tokens and retrieval"
+            f"baseline: {task.name} has none; there are some of classes, summaries, answers, next tokens and retrieval"
         )
     seed = training_arguments(recipe, Path()).seed
     splits = load_splits(recipe.data, task.roles, seed, kind=task.labels)
@@ -109,6 +110,26 @@ def _retrieved(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[
     yield "TF-IDF", retrieval(list(found), np.asarray(anchors.multiply(texts).sum(1)).ravel())
 
 
+# Answers
+
+
+def _sentences(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """The first sentence of the context, and the one that shares most with the question, rare words weighing more."""
+    gold = [answers["text"] for answers in rows["answers"]]
+    learned = [sentence for context in splits.rows["context"] for sentence in SENTENCE.findall(context)]
+    weigh = TfidfVectorizer(sublinear_tf=True).fit(learned)
+    first, nearest = [], []
+    for question, context in zip(rows["question"], rows["context"], strict=True):
+        sentences = SENTENCE.findall(context)
+        shared = (weigh.transform(sentences) @ weigh.transform([question]).T).toarray()[:, 0]
+        first.append(sentences[0])
+        nearest.append(sentences[int(shared.argmax())])
+    if recipe.task.version_2_with_negative:
+        yield "no answer", squad(gold, [""] * len(gold))
+    yield "the first sentence", squad(gold, first)
+    yield "the sentence nearest to the question", squad(gold, nearest)
+
+
 # Next tokens
 
 
@@ -162,6 +183,7 @@ def _entropy(counts: Counter) -> float:
 
 _OTHERS: dict[str, Callable[..., Iterator[tuple[str, dict[str, float]]]]] = {
     "sentence-similarity": _retrieved,
+    "question-answering": _sentences,
     "summarization": _leads,
     "text-generation": _tokens,
 }

@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData, R
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from yaml import YAMLError
 
+from zoo.derived import DERIVED
 from zoo.recipe import Recipe
 from zoo.sources import Source, resolve
 from zoo.tasks import Task
@@ -51,6 +52,8 @@ def card(
     )
     paths = [part.path for part in recipe.data.parts]
     data_name = ", ".join(source.shown(path) for source, path in zip(data_sources, paths, strict=True))
+    derived = list(dict.fromkeys(part.derive for part in recipe.data.parts if part.derive is not None))
+    data_name += f" ({', '.join(derived)})" if derived else ""
     data_card = ModelCardData(
         library_name=task.library,
         pipeline_tag=task.tag or task.name,
@@ -74,6 +77,7 @@ def card(
     sections = [
         f"# {recipe.name}",
         f"{start}, {'trained' if path is None else 'fine-tuned'} for {task.name} on {data_name}.",
+        *(f"Its data are derived: {DERIVED[name].summary}" for name in derived),
         "## Results",
         f"On the {split} split:",
         _table(("metric", "value"), [(name, f"{value:.4f}") for name, value in measured.items()]),
@@ -124,7 +128,7 @@ def _usage(recipe: Recipe, task: Task, usage: str | None, variant: bool) -> str:
         lines += [f"print(pipe({task.example}{cut}))", "```"]
     if variant:
         lines += ["", "Its attention is its own, and its code comes with it: read it before you trust it."]
-    if recipe.task.stride is not None:
+    if recipe.task.stride is not None and usage is None:
         lines += [
             "",
             f"It was made for longer texts, read in windows of {recipe.task.max_length} tokens: `zoo predict`",

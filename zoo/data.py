@@ -12,7 +12,7 @@ from zoo.duplicates import Parts, deduplicated, overlaps
 from zoo.errors import UserError
 from zoo.labels import LabelKind
 from zoo.reading import folder_of, named, read, room_in_cache
-from zoo.roles import by_role
+from zoo.roles import by_role, derived
 from zoo.sections import DataSection, PartSection
 from zoo.streaming import BUFFER_SIZE, Unread, label_names, open_source
 
@@ -86,8 +86,9 @@ def _part(section: PartSection, roles: Sequence[str], trained_on: bool) -> Parts
     if trained_on and "train" not in ours:
         raise UserError(f"data {section.path}: no train split; it has {', '.join(raw)}; name one under data.splits")
     for name, theirs in ours.items():
-        found[name] = rows = by_role(raw[theirs], name, section, roles, folder)
-        where, dropped = f"data {section.path}: {name}", len(raw[theirs]) - len(rows)
+        source = derived(raw[theirs], name, section)
+        found[name] = rows = by_role(source, name, section, roles, folder)
+        where, dropped = f"data {section.path}: {name}", len(source) - len(rows)
         given = [role for role in roles if role in rows.column_names]
         if not len(rows):
             raise UserError(f"{where}: no row has a value for each of {', '.join(given)}")

@@ -18,6 +18,7 @@ from zoo.train import build_trainer, encoded, training_arguments
 # what an evaluation reads of a recipe besides `data`; the rest would be ignored
 _READ = (
     *("task.max_length", "task.threshold", "task.metrics", "task.image_size"),
+    *("task.max_answer_length", "task.n_best_size", "task.version_2_with_negative"),
     *("model.implementation", "model.ragged", "model.attn_implementation", "train", "generate"),
 )
 

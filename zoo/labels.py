@@ -1,4 +1,4 @@
-"""The column that a task learns: one class, several, a number, or a tag for each token; read, checked and numbered."""
+"""The column that a task learns: one class, several, a number, a tag for each token, or answers; read and checked."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -162,9 +162,61 @@ def _tag_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
     return _replaced(rows, "tags", numbered, List(ClassLabel(names=names)))
 
 
+# Answers to a question: {"text": [...], "answer_start": [...]}, as SQuAD has them
+
+TWO_OUTPUTS = ["start", "end"]
+
+
+def _span_names(train: Dataset) -> list[str]:
+    rows = _answers(train, "train")
+    if not any(answers["text"] for _, answers in rows):
+        raise UserError("data: no question of train has an answer; there is nothing to learn")
+    return TWO_OUTPUTS
+
+
+def _answers(rows: Dataset, split: str) -> Iterator[tuple[int, dict[str, list]]]:
+    feature = rows.features["answers"]
+    if not isinstance(feature, dict) or not {"text", "answer_start"} <= feature.keys():
+        raise UserError(
+            f"data: the answers of {split} are {feature}; this task wants what SQuAD has, with empty lists where there "
+            'is none: {"answers": {"text": ["May"], "answer_start": [24]}}'
+        )
+    for row, answers in zip(rows["row"], rows["answers"], strict=True):
+        texts, starts = (None if answers is None else answers[key] for key in ("text", "answer_start"))
+        if texts is None or starts is None:
+            raise UserError(f"data: {split} row {row}: the answers are missing; empty lists say that there is none")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise UserError(
+                f"data: {split} row {row}: text and answer_start are {str(texts)[:60]} and {str(starts)[:60]}, not two "
+                "lists of the same length"
+            )
+        yield row, {"text": texts, "answer_start": starts}
+
+
+def _spans(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    """Checked: each answer stands in its context where it says."""
+    checked, contexts = [], rows["context"]
+    for (row, answers), context in zip(_answers(rows, split), contexts, strict=True):
+        for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+            where = f"data: {split} row {row}: the answer"
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{where} {text!r} is no text; empty lists say that there is none")
+            if not isinstance(start, int) or not 0 <= start < len(context):
+                raise UserError(f"{where} {text[:60]!r} starts at {start!r}; its context has {len(context)} letters")
+            there = context[start : start + len(text)]
+            if there != text:
+                place = context.find(text)
+                remedy = f"; it stands at {place}" if place >= 0 else "; its context does not hold it"
+                raise UserError(f"{where} {text[:60]!r} starts at {start}, but {there[:60]!r} stands there{remedy}")
+        checked.append(answers)
+    feature = {"text": List(Value("string")), "answer_start": List(Value("int64"))}
+    return _replaced(rows, "answers", checked, feature)
+
+
 LABEL_KINDS: dict[str, LabelKind] = {
     "class": LabelKind("label", _class_names, _class_numbers, in_proportion=True),
     "classes": LabelKind("label", _classes_names, _classes_numbers),
     "number": LabelKind("label", _numeric_names, _numeric, declared=ONE_OUTPUT),
     "tags": LabelKind("tags", _tag_names, _tag_numbers),
+    "answers": LabelKind("answers", _span_names, _spans, declared=TWO_OUTPUTS),
 }

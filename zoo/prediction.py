@@ -31,8 +31,8 @@ def run(
     """An answer for each text or image file, or each row of a file of them.
 
     Each has `id`, what was asked, `predicted` and, of classes, `probabilities`; of vectors, `embedding`. file: any the
-    datasets library reads, with a column `text` (and `text_pair`), `image`, `prompt` or `messages`, or the names of the
-    run's own data.
+    datasets library reads, with the columns that the task asks for (`text` and `text_pair`, `image`, `question` and
+    `context`, `prompt` or `messages`), or the names of the run's own data.
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
     if bool(asked) == (file is not None):
@@ -124,7 +124,7 @@ def in_lines(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
     """For people: what was predicted, how surely, and the beginning of the text, or the image's file."""
     for answer in _with_nearest(iter(answers)):
         told = answer["messages"][-1]["content"] if "messages" in answer else f"image {answer['id']}"
-        text = next((answer[name] for name in ("text", "prompt", "image") if answer.get(name)), told)
+        text = next((answer[name] for name in ("text", "question", "prompt", "image") if answer.get(name)), told)
         yield f"{'  '.join(chain(_predicted(answer)))}  {_beginning(text)}"
 
 
@@ -152,6 +152,8 @@ def _predicted(answer: dict[str, Any]) -> Iterator[str]:
     predicted, scores = answer["predicted"], answer.get("probabilities", {})
     if isinstance(predicted, float):
         yield f"{predicted:.4f}"
+    elif isinstance(predicted, str) and "n_best" in answer:
+        yield f"{predicted or 'no answer'} {answer['score']:.3f}"
     elif isinstance(predicted, str) and not scores:
         yield predicted
     elif isinstance(predicted, str):

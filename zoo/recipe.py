@@ -130,13 +130,12 @@ class Recipe(Section):
         return stream.getvalue()
 
     def smoke(self) -> "Recipe":
-        """A copy that runs in seconds: 64 rows a split, 32 tokens, 4 steps, evaluated and saved every 2.
+        """A copy that runs in seconds: 64 rows a split, `smoke_length` tokens, 4 steps, evaluated and saved every 2.
 
-        Of a published size with random weights two layers are left. Chats keep 128 tokens: their answers stand behind what
-        is asked.
+        Of a published size with random weights two layers are left.
         """
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
-        length = min(self.task.max_length, 128 if "messages" in TASK_TYPES[self.task.type].roles else 32)
+        length = min(self.task.max_length, TASK_TYPES[self.task.type].smoke_length)
         stride = None if self.task.stride is None else min(self.task.stride, length // 4)
         lengths = {"max_length": length, "stride": stride}
         task = self.task.model_copy(update=lengths if "max_length" in TASK_TYPES[self.task.type].keys else {})

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, LargeList, List
 
 from zoo.chats import chat_fault
+from zoo.derived import DERIVED
 from zoo.errors import UserError, did_you_mean
 from zoo.images import from_pixels, image_column
 from zoo.labels import NOTHING
@@ -58,6 +59,27 @@ def _wanted(roles: Sequence[str], given: Mapping[Any, str], names: Sequence[str]
     return [role for role in there if role not in _OPTIONAL or role in given or role in names]
 
 
+def derived(rows: Dataset, split: str, section: SourceSection) -> Dataset:
+    """The rows that `data.derive`, if there is one, makes of these. Raises UserError where they are of another kind."""
+    if section.derive is None:
+        return rows
+    derive = DERIVED[section.derive]
+    made: list[dict[str, Any]] = []
+    for column in derive.columns:
+        if column not in rows.column_names:
+            raise UserError(
+                f"data.derive: {section.derive} wants a column {column!r}; the {split} split of {section.path} has "
+                f"{', '.join(rows.column_names)}; data.derive: null reads the rows as they are"
+            )
+    for number, row in enumerate(rows):
+        try:
+            made += derive.rows(row)
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise UserError(f"data.derive: {section.derive} cannot read {split} row {number}: {why}") from error
+    return Dataset.from_list(made)
+
+
 def filled(rows: Dataset, roles: Sequence[str]) -> Dataset:
     """Only the rows that have a value in each column."""
     kept = set(range(len(rows)))
@@ -99,5 +121,8 @@ def _check_chats(rows: Dataset, role: str, column: str, split: str, path: str) -
 
 
 _OPTIONAL = ("text_pair", "negative")
-_TEXTS = {**dict.fromkeys(("text", *_OPTIONAL, "prompt", "completion"), _check_texts), "tokens": _check_tokens}
-_TEXTS["messages"] = _check_chats
+_TEXTS = {
+    **dict.fromkeys(("text", "question", "context", *_OPTIONAL, "prompt", "completion"), _check_texts),
+    "tokens": _check_tokens,
+    "messages": _check_chats,
+}

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from zoo.derived import DERIVED
 from zoo.errors import Keys, did_you_mean
 from zoo.task_types import TASK_TYPES, Role
 
@@ -143,8 +144,9 @@ class TaskSection(Section):
     `max_target_length` is that of summaries, `prefix` stands before each text, or each prompt. `packing`: training rows
     hold as many texts as fit, which do not see each other. `stride`: a longer text is read in windows that overlap by
     so much, and their logits are pooled; without it the text is cut. `pooling` is that of windows, or of the tokens of
-    a text that becomes a vector. `metrics`: more of them, each with its options, by the name of one of ours, a file, or
-    a name on the hub.
+    a text that becomes a vector. A question's context is always read in windows. Its answer has at most
+    `max_answer_length` tokens; the `n_best_size` best are told; with `version_2_with_negative` there may be none.
+    `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
     """
 
     type: str
@@ -160,6 +162,9 @@ class TaskSection(Section):
     max_target_length: int | None = Field(default=None, gt=0)
     prefix: Text | None = None
     packing: bool | None = None
+    max_answer_length: int | None = Field(default=None, gt=0)
+    n_best_size: int | None = Field(default=None, gt=0)
+    version_2_with_negative: bool | None = None
     image_size: int | None = Field(default=None, gt=0)
     augmentation: Augmentation | None = None
     metrics: dict[Text, dict[str, Any]] = Field(default_factory=dict)
@@ -201,7 +206,8 @@ class SourceSection(Section):
     """Where rows are read from. `options` goes verbatim to the `datasets` builder that `format` names.
 
     `files`: the dataset's split -> file under `path`; `splits`: our split -> the dataset's; `columns`: our role ->
-    column. `drop_empty` leaves out rows that lack a value, which are an error otherwise.
+    column. `derive`: the name of a way to make other rows of these (zoo/derived.py), whose `columns` count then.
+    `drop_empty` leaves out rows that lack a value, which are an error otherwise.
     """
 
     path: Text | None = None
@@ -212,6 +218,7 @@ class SourceSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     columns: dict[Role, Text] = Field(default_factory=dict)
     splits: dict[Literal["train", "validation", "test"], Text] = Field(default_factory=dict)
+    derive: str | None = None
     pixels: Pixels | None = None
     drop_empty: bool = False
 
@@ -220,6 +227,14 @@ class SourceSection(Section):
         """The path, which is there once the section has been checked."""
         assert self.path is not None
         return self.path
+
+    @field_validator("derive")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in DERIVED:
+            known = f"unknown name {value}{did_you_mean(value, DERIVED)} (known: {', '.join(DERIVED)})"
+            raise PydanticCustomError("derive", "{text}", {"text": known})
+        return value
 
     def contradictions(self) -> Iterator[tuple[Keys, str]]:
         for split, file in self.files.items():
@@ -302,6 +317,7 @@ class DataSection(SourceSection):
             ("deduplicate", "a stream is not held in memory; deduplicate it beforehand"),
             ("stopping_strategy", "the parts of a stream begin again, each by itself"),
             ("pixels", "a stream has no columns of pixels"),
+            ("derive", "a stream gives its rows as they are; derive them beforehand"),
         ):
             if getattr(self, key) is not None:
                 yield (key,), f"{why}; remove the key"

@@ -10,22 +10,27 @@ DEFAULT_THRESHOLD = 0.5
 DEFAULT_MLM_PROBABILITY = 0.15
 DEFAULT_TARGET_LENGTH = 64
 DEFAULT_TEMPERATURE = 0.05
+DEFAULT_ANSWER_LENGTH = 30
+DEFAULT_N_BEST = 20
 Role = Literal[
-    "text", "text_pair", "label", "tokens", "tags", "image", "summary", "negative", "messages", "prompt", "completion"
-]
+    "text", "text_pair", "label", "tokens", "tags", "image", "summary", "negative", "question", "context", "answers",
+    "messages", "prompt", "completion",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TaskType:
     """What is learned, the columns it reads, and the keys of the section `task` that it reads.
 
-    generates: its answers are written by `generate`, so that the section of that name is read.
+    generates: its answers are written by `generate`, so that the section of that name is read. smoke_length: what
+    `--smoke` cuts `max_length` to.
     """
 
     summary: str
     roles: tuple[str, ...]
     keys: tuple[str, ...]
     generates: bool = False
+    smoke_length: int = 32
 
 
 TASK_TYPES = {
@@ -58,6 +63,8 @@ TASK_TYPES = {
         ("messages", "prompt", "completion"),
         ("max_length", "prefix", "packing"),
         generates=True,
+        # answers stand behind what is asked
+        smoke_length=128,
     ),
     "span-corruption": TaskType(
         "T5's pretraining: the spans that were hidden in a text.",
@@ -75,6 +82,12 @@ TASK_TYPES = {
         "A vector for a text, near those of texts that belong to it.",
         ("text", "text_pair", "negative"),
         ("max_length", "pooling", "temperature"),
+    ),
+    "question-answering": TaskType(
+        "The span of a context that answers a question, or that there is none.",
+        ("question", "context", "answers"),
+        ("max_length", "stride", "max_answer_length", "n_best_size", "version_2_with_negative"),
+        smoke_length=128,
     ),
     "image-classification": TaskType(
         "One label for an image.", ("image", "label"), ("metrics", "image_size", "augmentation", "class_weights")
