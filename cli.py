@@ -253,7 +253,7 @@ def predict(
     file: Annotated[
         Path | None, typer.Option(help="Rows with a column text (or as the task has): jsonl, csv, parquet, txt.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file; images made, beside it.")] = None,
     trust_remote_code: Trusted = False,
     as_json: AsJson = False,
 ) -> None:
@@ -269,7 +269,8 @@ def predict(
         quiet_libraries()
         from zoo import prediction
 
-        answers = prediction.run(directory, texts or [], file, trust_remote_code)
+        pictures = None if output is None else output.with_name(f"{output.stem}-pictures")
+        answers = prediction.run(directory, texts or [], file, trust_remote_code, pictures)
         if output is not None:
             count = prediction.write(answers, output)
             print(

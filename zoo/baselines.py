@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import regex
 from datasets import Dataset
+from scipy.ndimage import distance_transform_edt
 from scipy.sparse import vstack
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -21,8 +22,10 @@ from sklearn.preprocessing import MaxAbsScaler
 from zoo.data import Splits, load_splits
 from zoo.errors import UserError
 from zoo.images import open_image
+from zoo.loading import fit_images, load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
+from zoo.tasks.masked_images import hidden_pixels
 from zoo.tasks.retrieval import ranks, retrieval, text_id
 from zoo.tasks.squad import squad
 from zoo.tasks.summarization import rouge
@@ -38,7 +41,8 @@ def run(recipe: Recipe, split: str = "test") -> dict[str, dict[str, float]]:
     task = task_of(recipe.task)
     if task.problem_type != "single_label_classification" and task.name not in _OTHERS:
         raise UserError(
-            f"baseline: {task.name} has none; there are some of classes, summaries, answers, next tokens and retrieval"
+            f"baseline: {task.name} has none; there are some of classes, summaries, answers, next tokens, retrieval and "
+            "hidden pixels"
         )
     seed = training_arguments(recipe, Path()).seed
     splits = load_splits(recipe.data, task.roles, seed, kind=task.labels)
@@ -181,9 +185,41 @@ def _entropy(counts: Counter) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+# Hidden pixels
+
+
+def _hidden(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """Made of the visible pixels of the same image, and measured on the hidden ones that an evaluation hides."""
+    task = task_of(recipe.task)
+    model, processor = load_model(recipe.model, task.auto_class), load_processor(recipe.model, task.processor)
+    fit_images(model, processor, recipe.task.image_size)
+    task.check(recipe.task, model)
+    collate = task.collate(processor, recipe.task, patch_size=model.config.patch_size)
+    # the median is the number that is the least far from all of them
+    methods: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+        "the mean visible pixel": lambda image, hidden: image[:, ~hidden].mean(axis=1, keepdims=True),
+        "the median visible pixel": lambda image, hidden: np.median(image[:, ~hidden], axis=1, keepdims=True),
+        "the nearest visible pixel": _nearest,
+    }
+    distances: dict[str, list[float]] = {name: [] for name in methods}
+    for row in rows:
+        batch = collate([row])
+        image = batch["pixel_values"][0].numpy()
+        hidden = hidden_pixels(batch["bool_masked_pos"], model.config.patch_size)[0, 0].numpy()
+        for name, method in methods.items():
+            distances[name].append(float(np.abs(image[:, hidden] - method(image, hidden)).mean()))
+    yield from ((name, {"mae": float(np.mean(values))}) for name, values in distances.items())
+
+
+def _nearest(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    above, left = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return image[:, above[hidden], left[hidden]]
+
+
 _OTHERS: dict[str, Callable[..., Iterator[tuple[str, dict[str, float]]]]] = {
     "sentence-similarity": _retrieved,
     "question-answering": _sentences,
     "summarization": _leads,
     "text-generation": _tokens,
+    "masked-image-modeling": _hidden,
 }

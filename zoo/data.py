@@ -203,7 +203,7 @@ def _hold_out(train: Dataset, split: str, share: float, seed: int, by_label: boo
     if size >= len(train):
         raise UserError(f"data: train has {len(train)} rows, too few to hold {size} out for {split}")
     note = f"{split}: {size} rows held out of train"
-    if by_label:
+    if by_label and "label" in train.column_names:
         try:
             return train.train_test_split(
                 size, seed=seed, stratify_by_column="label"

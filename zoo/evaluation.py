@@ -19,6 +19,7 @@ from zoo.train import build_trainer, encoded, training_arguments
 _READ = (
     *("task.max_length", "task.threshold", "task.metrics", "task.image_size"),
     *("task.max_answer_length", "task.n_best_size", "task.version_2_with_negative"),
+    *("task.mask_ratio", "task.mask_patch_size"),
     *("model.implementation", "model.ragged", "model.attn_implementation", "train", "generate"),
 )
 

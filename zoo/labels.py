@@ -90,6 +90,16 @@ def _class_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
     return _replaced(rows, "label", numbered, ClassLabel(names=names))
 
 
+# One class, which decides only what is held out, where there is one
+
+
+def _beside_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    if "label" not in rows.column_names:
+        return rows
+    there = [label for label in rows["label"] if label is not None]
+    return _class_numbers(rows, split, _words(rows.features["label"], there))
+
+
 # Any number of classes: a list of words
 
 
@@ -215,6 +225,7 @@ def _spans(rows: Dataset, split: str, names: list[str]) -> Dataset:
 
 LABEL_KINDS: dict[str, LabelKind] = {
     "class": LabelKind("label", _class_names, _class_numbers, in_proportion=True),
+    "beside": LabelKind("label", lambda train: [], _beside_numbers, in_proportion=True, declared=[]),
     "classes": LabelKind("label", _classes_names, _classes_numbers),
     "number": LabelKind("label", _numeric_names, _numeric, declared=ONE_OUTPUT),
     "tags": LabelKind("tags", _tag_names, _tag_numbers),

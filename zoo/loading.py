@@ -34,7 +34,7 @@ from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe_loading import shipped_recipes
 from zoo.sections import ModelSection, TokenizerSection
 from zoo.sources import resolve
-from zoo.weights import assert_same_weights, base_prefix, may_be_new
+from zoo.weights import MASK_TOKEN, assert_same_weights, base_prefix, may_be_new
 
 # what from_pretrained raises for files that are missing, damaged or of the wrong shape
 _LOAD_ERRORS = (
@@ -349,6 +349,8 @@ def _open(path: str, model_class, location, arguments: dict[str, Any], whole: bo
 
 def _has_a_place(model: PreTrainedModel, key: str) -> bool:
     """Whether an unused weight of a checkpoint is of a part that the model has; another task's head is not."""
+    if key.endswith(MASK_TOKEN):
+        return False
     base = base_prefix(model)
     parts = {name.removeprefix(base).split(".")[0] for name in model.state_dict() if name.startswith(base)}
     return key.removeprefix(base).split(".")[0] in parts - {"pooler"}

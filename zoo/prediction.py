@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 from transformers import pipeline
 from transformers.pipelines.base import PipelineException
@@ -26,13 +27,18 @@ SHOW_BAR_AFTER_SECONDS = 2
 
 
 def run(
-    directory: Path, asked: Sequence[str] = (), file: Path | None = None, trust_remote_code: bool = False
+    directory: Path,
+    asked: Sequence[str] = (),
+    file: Path | None = None,
+    trust_remote_code: bool = False,
+    pictures: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """An answer for each text or image file, or each row of a file of them.
 
     Each has `id`, what was asked, `predicted` and, of classes, `probabilities`; of vectors, `embedding`. file: any the
     datasets library reads, with the columns that the task asks for (`text` and `text_pair`, `image`, `question` and
-    `context`, `prompt` or `messages`), or the names of the run's own data.
+    `context`, `prompt` or `messages`), or the names of the run's own data. pictures: a folder for images that the model
+    makes, which is made then; without it nothing is kept of them but how far they are.
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
     if bool(asked) == (file is not None):
@@ -44,7 +50,7 @@ def run(
     given = [with_prefix(finished.recipe.task.prefix, one) if isinstance(one, list) else one for one in given]
     if TASK_TYPES[finished.task.name].generates:
         _check_room(finished, given)
-    return _answers(finished, rows, given)
+    return _answers(finished, rows, given, pictures)
 
 
 def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
@@ -100,7 +106,9 @@ def _check_room(finished: Finished, texts: Sequence[Any]) -> None:
             )
 
 
-def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def _answers(
+    finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence[Any], pictures: Path | None
+) -> Iterator[dict[str, Any]]:
     recipe, task = finished.recipe, finished.task
     pipeline_class, options = task.pipeline(recipe.task)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -114,14 +122,27 @@ def _answers(finished: Finished, rows: Sequence[dict[str, Any]], given: Sequence
     try:
         for number, (row, answer) in enumerate(zip(rows, bar, strict=True)):
             named = {role: value for role, value in row.items() if isinstance(value, str | list)}
-            yield {"id": number, **named, **task.answer(recipe.task, answer)}
+            said = task.answer(recipe.task, answer)
+            picture = said.pop("picture", None)
+            if picture is not None and pictures is not None:
+                said["predicted"] = _keep(picture, pictures / f"{number}.png")
+            yield {"id": number, **named, **said}
     except PipelineException as error:
         # a mask that is behind the cut is not found
         raise UserError(f"predict: {error}; texts are cut at {recipe.task.max_length} tokens") from error
 
 
+def _keep(picture: Image.Image, file: Path) -> str:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    return str(file)
+
+
 def in_lines(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """For people: what was predicted, how surely, and the beginning of the text, or the image's file."""
+    """For people: what was predicted, how surely or how far off, and the beginning of the text, or the image's file."""
     for answer in _with_nearest(iter(answers)):
         told = answer["messages"][-1]["content"] if "messages" in answer else f"image {answer['id']}"
         text = next((answer[name] for name in ("text", "question", "prompt", "image") if answer.get(name)), told)
@@ -135,7 +156,7 @@ def _beginning(text: str) -> str:
 def _with_nearest(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Vectors say nothing to people: with those of single texts, the nearest other text and the cosine to it."""
     first = next(answers, None)
-    if first is None or "predicted" in first:
+    if first is None or "embedding" not in first:
         yield from chain([] if first is None else [first], answers)
         return
     texts = [first, *answers]
@@ -149,8 +170,11 @@ def _with_nearest(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def _predicted(answer: dict[str, Any]) -> Iterator[str]:
-    predicted, scores = answer["predicted"], answer.get("probabilities", {})
-    if isinstance(predicted, float):
+    predicted: Any = answer.get("predicted")
+    scores = answer.get("probabilities", {})
+    if "mae" in answer:
+        yield f"mae {answer['mae']:.4f}"
+    elif isinstance(predicted, float):
         yield f"{predicted:.4f}"
     elif isinstance(predicted, str) and "n_best" in answer:
         yield f"{predicted or 'no answer'} {answer['score']:.3f}"

@@ -60,7 +60,7 @@ class Recipe(Section):
             yield ("seeds",), "a seed stands there twice"
         if self.seeds and self.hub.repo is not None:
             yield ("hub", "repo"), "several seeds make several models; push the one you choose with zoo push"
-        roles = TASK_TYPES[self.task.type].roles
+        roles = (*TASK_TYPES[self.task.type].roles, *TASK_TYPES[self.task.type].beside)
         if self.generate and not TASK_TYPES[self.task.type].generates:
             yield ("generate",), f"{self.task.type} generates nothing; remove the section"
         if self.train.get("label_smoothing_factor") and not self._smooths():

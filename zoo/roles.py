@@ -22,6 +22,8 @@ def by_role(
     folder: where the names of image files begin. Raises UserError naming the column or row that is wrong.
     """
     given: Mapping[Any, str] = section.columns
+    # a label that a task does not learn, and no pixel either
+    roles = [*roles, *(role for role in given if role not in roles)]
     columns = {role: given.get(role, role) for role in roles}
     where = f"data {section.path}: {split}"
     if section.pixels is not None:

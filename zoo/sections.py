@@ -146,7 +146,8 @@ class TaskSection(Section):
     so much, and their logits are pooled; without it the text is cut. `pooling` is that of windows, or of the tokens of
     a text that becomes a vector. A question's context is always read in windows. Its answer has at most
     `max_answer_length` tokens; the `n_best_size` best are told; with `version_2_with_negative` there may be none.
-    `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
+    `mask_ratio`: the share of an image that is hidden, in squares of `mask_patch_size` pixels, or in the model's
+    patches. `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
     """
 
     type: str
@@ -166,6 +167,8 @@ class TaskSection(Section):
     n_best_size: int | None = Field(default=None, gt=0)
     version_2_with_negative: bool | None = None
     image_size: int | None = Field(default=None, gt=0)
+    mask_ratio: float | None = Field(default=None, gt=0, lt=1)
+    mask_patch_size: int | None = Field(default=None, gt=0)
     augmentation: Augmentation | None = None
     metrics: dict[Text, dict[str, Any]] = Field(default_factory=dict)
 

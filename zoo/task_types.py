@@ -9,6 +9,7 @@ from typing import Literal
 DEFAULT_THRESHOLD = 0.5
 DEFAULT_MLM_PROBABILITY = 0.15
 DEFAULT_TARGET_LENGTH = 64
+DEFAULT_MASK_RATIO = 0.6
 DEFAULT_TEMPERATURE = 0.05
 DEFAULT_ANSWER_LENGTH = 30
 DEFAULT_N_BEST = 20
@@ -23,7 +24,8 @@ class TaskType:
     """What is learned, the columns it reads, and the keys of the section `task` that it reads.
 
     generates: its answers are written by `generate`, so that the section of that name is read. smoke_length: what
-    `--smoke` cuts `max_length` to.
+    `--smoke` cuts `max_length` to. beside: columns that a recipe may name although nothing learns them; rows are held
+    out in proportion to a label.
     """
 
     summary: str
@@ -31,6 +33,7 @@ class TaskType:
     keys: tuple[str, ...]
     generates: bool = False
     smoke_length: int = 32
+    beside: tuple[str, ...] = ()
 
 
 TASK_TYPES = {
@@ -91,5 +94,11 @@ TASK_TYPES = {
     ),
     "image-classification": TaskType(
         "One label for an image.", ("image", "label"), ("metrics", "image_size", "augmentation", "class_weights")
+    ),
+    "masked-image-modeling": TaskType(
+        "SimMIM's pretraining: the pixels of hidden parts of an image.",
+        ("image",),
+        ("image_size", "augmentation", "mask_ratio", "mask_patch_size"),
+        beside=("label",),
     ),
 }

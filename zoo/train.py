@@ -289,9 +289,11 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         defaults["greater_is_better"] = False
     elif metric in recipe.task.metrics.keys() - OURS.keys() and "greater_is_better" not in recipe.train:
         raise UserError(f"train.metric_for_best_model: {metric}: say train.greater_is_better, true or false")
-    writes = task_of(recipe.task).writes
-    made: type[TrainingArguments] = Seq2SeqTrainingArguments if writes else TrainingArguments
-    if writes:
+    task = task_of(recipe.task)
+    made: type[TrainingArguments] = Seq2SeqTrainingArguments if task.writes else TrainingArguments
+    if task.label_names is not None:
+        defaults["label_names"] = list(task.label_names)
+    if task.writes:
         defaults["predict_with_generate"] = True
     if recipe.data.streaming:
         # the stream itself goes on where it was; each process reads all of it and takes its share
@@ -336,7 +338,7 @@ def encoded(
     found = found.remove_columns([name for name in COUNTED if name in found.column_names])
     if not found.column_names:
         # images were looked at only: they go to the batches as they are
-        found = rows.rename_column("label", "labels")
+        found = rows.rename_column("label", "labels") if "label" in rows.column_names else rows
     if lengths is not None:
         packed = PackedRows(found, lengths, recipe.task.max_length)
         return packed, "; ".join([*words, packed.note])
@@ -376,6 +378,7 @@ def build_trainer(
     """A Trainer on encoded rows. Raises UserError for a `train` section it cannot work with."""
     trainer: ZooTrainer
     measure, loss = own_metrics(task, recipe.task, labels, processor), None
+    of_model = {field: getattr(model.config, field) for field in task.config_fields}
     if task.loss is not None and train_rows is not None:
         rows = train_rows.rows if isinstance(train_rows, WithDraws) else train_rows
         # nothing that weighs classes is trained on a stream
@@ -397,7 +400,7 @@ def build_trainer(
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            data_collator=task.collate(processor, recipe.task),
+            data_collator=task.collate(processor, recipe.task, **of_model),
             compute_metrics=lambda prediction: measure(by_rows(task, recipe, prediction, trainer.evaluated_rows)),
             compute_loss_func=loss,
             preprocess_logits_for_metrics=task.reduce,

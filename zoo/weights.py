@@ -13,6 +13,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from zoo.errors import RunError
 
+# what hides a patch, which only a model that learns to fill them has
+MASK_TOKEN = ".mask_token"
+
 
 def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = False) -> None:
     """Raises RunError unless the model holds exactly the tensors saved in `directory`, a task's new head aside.
@@ -99,6 +102,7 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 
 def may_be_new(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight may be missing in a checkpoint: a task's head, and the pooler beneath it."""
+    """Whether a weight may be missing in a checkpoint: a task's head, and beneath it the pooler and the mask token."""
     base = base_prefix(model)
-    return key.startswith(f"{base}pooler.") or (bool(base) and not key.startswith(base))
+    head = bool(base) and not key.startswith(base)
+    return head or key.startswith(f"{base}pooler.") or key.endswith(MASK_TOKEN)

@@ -8,6 +8,7 @@ from zoo.tasks.base import COUNTED, LOWER_IS_BETTER, Task
 from zoo.tasks.fill_mask import FILL_MASK
 from zoo.tasks.image_classification import IMAGE_CLASSIFICATION
 from zoo.tasks.instruction_tuning import INSTRUCTION_TUNING
+from zoo.tasks.masked_images import MASKED_IMAGE_MODELING
 from zoo.tasks.question_answering import QUESTION_ANSWERING
 from zoo.tasks.sentence_pairs import NEXT_SENTENCE_PREDICTION, SENTENCE_ORDER_PREDICTION
 from zoo.tasks.sentence_similarity import SENTENCE_SIMILARITY
@@ -33,6 +34,7 @@ TASKS: dict[str, list[Task]] = {
     "sentence-similarity": [SENTENCE_SIMILARITY],
     "question-answering": [QUESTION_ANSWERING],
     "image-classification": [IMAGE_CLASSIFICATION],
+    "masked-image-modeling": [MASKED_IMAGE_MODELING],
 }
 
 

@@ -48,7 +48,8 @@ class Task:
     roles: the columns it reads; labels: how the one it learns is read.
     encode: (processor, section) -> a function of a batch of rows, as `Dataset.map` calls it; its columns COUNTED are
     what `counts` puts in words, from the encoded rows, how many rows there were, and the section.
-    collate: (processor, section) -> a function of a list of encoded rows to a batch of tensors.
+    collate: (processor, section) -> a function of a list of encoded rows to a batch of tensors. config_fields: of the
+    model's config, which it takes by name besides. label_names: what the loss wants of a batch, where it is no label.
     prepare: makes a processor fit for training, and says what `generate` begins with; a finished one is.
     draws: the rows whose collate makes random choices, from the `draw` that each of them then carries. others: it wants
     as `other` a row of another text, too.
@@ -80,7 +81,7 @@ class Task:
     labels: LabelKind | None
     encode: Callable[[Any, TaskSection], Callable[[Rows], Rows]]
     counts: Callable[[Dataset, int, TaskSection], str]
-    collate: Callable[[Any, TaskSection], Collate]
+    collate: Callable[..., Collate]
     metrics: Callable[[TaskSection, Sequence[str], Any], Callable[[EvalPrediction], dict[str, float]]]
     metric_names: tuple[str, ...]
     pipeline: Callable[[TaskSection], tuple[type[Pipeline] | None, dict[str, Any]]]
@@ -109,6 +110,8 @@ class Task:
     files: Callable[[TaskSection, PreTrainedModel], dict[str, str]] | None = None
     draws: Literal["all", "train"] | None = None
     others: bool = False
+    config_fields: tuple[str, ...] = ()
+    label_names: tuple[str, ...] | None = None
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, section: TaskSection, texts: Sequence[Any], **options) -> Rows:

@@ -24,7 +24,7 @@ from zoo.tasks.classification import (
 )
 
 
-def _encode(processor: BaseImageProcessor, section: TaskSection):
+def look_at(processor: BaseImageProcessor, section: TaskSection):
     """Looks at each image once, so that a broken one is named before anything is trained."""
 
     def encode(rows: Rows) -> Rows:
@@ -38,23 +38,28 @@ def _encode(processor: BaseImageProcessor, section: TaskSection):
     return encode
 
 
-def _counts(looked_at: Dataset, images: int, section: TaskSection) -> str:
+def sizes(looked_at: Dataset, images: int, section: TaskSection) -> str:
     sizes = Counter(zip(looked_at["height"], looked_at["width"], strict=True)).most_common()
     usual = ", ".join(f"{count:,} of {height} x {width}" for (height, width), count in sizes[:3])
     return f"{images:,} images, {usual}{', ...' if len(sizes) > 3 else ''}"
 
 
+def pixel_values(rows: list[dict[str, Any]], processor: BaseImageProcessor, section: TaskSection) -> torch.Tensor:
+    """(rows, channels, height, width): the images of rows, of training changed as their draws decide."""
+    images = []
+    for row in rows:
+        image = open_image(row["image"], f"data: image of row {row['row']}")
+        # rows that are only evaluated carry no draw
+        if section.augmentation is not None and "draw" in row:
+            image = augmented(_resized(image, processor), section.augmentation, row["draw"])
+        images.append(image)
+    return processor(images=images, return_tensors="pt")["pixel_values"]
+
+
 def _collate(processor: BaseImageProcessor, section: TaskSection) -> Collate:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        images = []
-        for row in rows:
-            image = open_image(row["image"], f"data: image of row {row['row']}")
-            # rows that are only evaluated carry no draw
-            if section.augmentation is not None and "draw" in row:
-                image = augmented(_resized(image, processor), section.augmentation, row["draw"])
-            images.append(image)
-        batch = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
-        return batch | {key: torch.tensor([row[key] for row in rows]) for key in ("labels", "row")}
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("labels", "row")}
+        return {"pixel_values": pixel_values(rows, processor, section), **batch}
 
     return collate
 
@@ -67,13 +72,15 @@ def _resized(image: Image.Image, processor: Any) -> Image.Image:
     return image.resize((size["width"], size["height"]), resample=processor.resample)
 
 
-def _check(section: TaskSection, model: PreTrainedModel) -> None:
+def check_channels(section: TaskSection, model: PreTrainedModel) -> None:
+    """Raises UserError for a model that reads no colours, or more than three."""
     channels = getattr(model.config, "num_channels", 3)
     if channels != 3:
         raise UserError(f"model: reads images of {channels} channels; this task makes three, red, green and blue")
 
 
-def _ask(row: dict[str, Any], number: int, processor: BaseImageProcessor) -> Any:
+def ask_image(row: dict[str, Any], number: int, processor: BaseImageProcessor) -> Any:
+    """The file of a row that is asked about, or its image. Raises UserError for what is none."""
     image = open_image(row["image"], f"predict: image {number}")
     # a file is opened again when its turn comes: many images would fill the memory
     return row["image"] if isinstance(row["image"], str) else row["image"].get("path") or image
@@ -85,9 +92,9 @@ IMAGE_CLASSIFICATION = Task(
     roles=TASK_TYPES["image-classification"].roles,
     labels=LABEL_KINDS["class"],
     processor="image_processor",
-    encode=_encode,
-    counts=_counts,
-    check=_check,
+    encode=look_at,
+    counts=sizes,
+    check=check_channels,
     collate=_collate,
     draws="train",
     metrics=one_metrics,
@@ -97,7 +104,7 @@ IMAGE_CLASSIFICATION = Task(
     loss=weighted_loss,
     problem_type="single_label_classification",
     asked=("image",),
-    ask=_ask,
+    ask=ask_image,
     # all of them; the pipeline takes no None for it
     pipeline=lambda section: (None, {"top_k": 10**6}),
     answer=one_answer,
