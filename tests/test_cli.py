@@ -331,7 +331,7 @@ def test_shipped_recipes_run(tmp_path, name):
     writes = "generate:" in text
     # of words the loss begins near ln 30,522, of classes near ln 8 or 10, of positions in a window near ln 128
     assert 0 < answer["test_loss"] < (11 if writes else 5)
-    of_task = {"summarization": "test_rouge1", "question-answering": "test_f1"} | dict.fromkeys(
+    of_task = {"summarization": "test_rouge1", "question-answering": "test_f1", "masked-image-modeling": "test_mae"} | dict.fromkeys(
         ("text-generation", "instruction-tuning"), "test_token_loss"
     )
     measured = of_task.get(load_recipe(name).task.type, "test_accuracy")

@@ -28,6 +28,25 @@ def test_pixels_are_made_for_images_that_are_not_square(tmp_path):
     assert_close(output.loss, (pixels[patch] - output.reconstruction[patch]).abs().mean() * 16 / (16 + 1e-5), "loss")
 
 
+def test_hidden_patches_are_replaced_and_not_dropped(tmp_path):
+    """Each enters every layer, and the pixels beneath it change nothing but the loss."""
+    model, native = make_pair("vit", "ViTForMaskedImageModeling", tmp_path)
+    inputs = make_inputs("vit", "ViTForMaskedImageModeling", "none")
+    torch.nn.init.normal_(native.vit.embeddings.mask_token)
+    model.vit.embeddings.mask_token.data.copy_(native.vit.embeddings.mask_token)
+    native.set_ragged("on")
+    rows = rows_entering(native, lambda: native(**inputs))
+    assert rows["vit.layers.0.mlp.fc1"] == 3 * 10
+    ours, theirs = native(**inputs), model(**inputs)
+    assert_close(ours.reconstruction, theirs.reconstruction, "pixels")
+    assert_close(ours.loss, theirs.loss, "loss")
+    number, patch = inputs["bool_masked_pos"].nonzero()[0].tolist()
+    moved = inputs["pixel_values"].clone()
+    moved[number, :, 4 * (patch // 3) : 4 * (patch // 3) + 4, 4 * (patch % 3) : 4 * (patch % 3) + 4] += 5
+    changed = native(**inputs | {"pixel_values": moved})
+    assert torch.equal(changed.reconstruction, ours.reconstruction) and changed.loss > ours.loss
+
+
 SIZES = [(12, 12), (8, 20), (4, 4), (12, 12), (20, 16)]
 
 
