@@ -84,7 +84,7 @@ def test_the_table_of_sizes():
         (f"{of_texts}, fill-mask, {causal}, {vectors}", 1),  # RoBERTa as a decoder
         (f"{of_texts}, {causal}, question-answering", 1),
         (f"{of_texts}, span-corruption, summarization, {vectors}", 1),
-        ("image-classification", 1),
+        ("image-classification, masked-image-modeling", 1),
     ):
         assert lines.count(f"    tasks of recipes: {tasks}") == families
     assert len(as_text(listed("models"), details=False).splitlines()) == 1 + len(listed("models"))
