@@ -12,15 +12,17 @@ from PIL import Image
 import zoo.baselines
 import zoo.evaluation
 import zoo.prediction
+import zoo.preview
 from tests import test_images
 from tests.commands import zoo as command
 from tests.test_images import CLASSES, SIDE, VIT, as_pixels, fields, named
 from tests.test_runs import read_lines, read_metrics
 from tests.tiny_run import checkpoints, weights, without_time
-from zoo.data import WithDraws, load_splits
+from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.loading import load_model, load_processor
 from zoo.recipe import Recipe
+from zoo.samples import WithDraws
 from zoo.sections import DataSection, TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.masked_images import hidden_patches, hidden_pixels
@@ -151,8 +153,7 @@ def test_predict(finished, folder, tmp_path):
     (said,) = read_lines(tmp_path / "a.jsonl")
     assert said["predicted"] == "a-pictures/0.png" and (tmp_path / said["predicted"]).is_file()
     assert said["mae"] == pytest.approx(answers[0]["mae"], abs=1e-6)
-    status, out, err = command("predict", str(finished), picture, cwd=tmp_path)
-    assert status == 0 and out.startswith(f"mae {said['mae']:.4f}  ")
+    assert next(zoo.prediction.in_lines([said])).startswith(f"mae {said['mae']:.4f}  ")
     with pytest.raises(UserError, match=r"predict: image 0: nowhere.png: cannot be read"):
         zoo.prediction.run(finished, ["nowhere.png"])
 
@@ -207,6 +208,12 @@ def test_steps_of_several_batches_are_those_of_one(folder, tmp_path):
     run(recipe(named(folder), None, **several, **once), tmp_path / "two")
     for name, tensor in weights(tmp_path / "one").items():
         assert torch.allclose(tensor, weights(tmp_path / "two")[name], atol=1e-5), name
+
+
+def test_preview_shows_what_is_hidden(folder):
+    (sample,) = zoo.preview.run(recipe(named(folder), {"mask_ratio": 0.5}), "test", 1)
+    hidden = hidden_patches(section(mask_ratio=0.5), SIDE, 4, [0, 0, 0])
+    assert sample == {"row": 0, "pixels": [3, SIDE, SIDE], "masked": hidden.int().tolist()}
 
 
 # Beside it

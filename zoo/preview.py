@@ -39,12 +39,15 @@ def run(recipe: Recipe, split: str = "train", rows: int = 3) -> list[dict[str, A
     asked = getattr(splits, split)
     if asked is None:
         raise UserError(f"--split {split}: the data has no such split")
+    fields: dict[str, Any] = {}
     if task.processor == "image_processor":
         model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
         fit_images(model, processor, recipe.task.image_size)
+        task.check(recipe.task, model)
+        fields = {field: getattr(model.config, field) for field in task.config_fields}
     wanted = rows + (OTHERS if task.others else 0)
     first = asked.first(wanted) if isinstance(asked, Unread) else asked.select(range(min(wanted, len(asked))))
-    collate = task.collate(processor, recipe.task)
+    collate = task.collate(processor, recipe.task, **fields)
     shown = set(first["row"][:rows])
     found = (sample for sample in _samples(first, task, recipe, processor, seed, split) if sample["row"] in shown)
     return [_seen(sample["row"], collate([sample]), task, processor, splits.labels) for sample in found]
@@ -53,7 +56,8 @@ def run(recipe: Recipe, split: str = "train", rows: int = 3) -> list[dict[str, A
 def _samples(rows: Dataset, task: Task, recipe: Recipe, processor: Any, seed: int, split: str) -> Iterator[dict]:
     columns = task.encode(processor, recipe.task)(rows.to_dict())
     kept = {name: values for name, values in columns.items() if name not in COUNTED}
-    samples = Dataset.from_dict(kept) if kept else rows.rename_column("label", "labels")
+    images = rows.rename_column("label", "labels") if "label" in rows.column_names else rows
+    samples = Dataset.from_dict(kept) if kept else images
     drawn = task.draws == "all" or (task.draws is not None and split == "train")
     yield from WithDraws(samples, seed, task.others) if drawn else samples  # type: ignore[misc]
 
