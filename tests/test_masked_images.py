@@ -284,3 +284,9 @@ def test_families_without_such_a_head_are_refused(folder, tmp_path):
     made = fields(named(folder)) | {"task": {"type": TASK}, "model": {"config": text}}
     with pytest.raises(UserError, match="the native bert has no AutoModelForMaskedImageModeling"):
         run(Recipe.model_validate(made), tmp_path / "run")
+
+
+def test_a_run_that_is_not_there_is_not_looked_for_on_a_hub(folder, tmp_path):
+    made = fields(named(folder)) | {"model": {"path": "runs/nowhere"}}
+    with pytest.raises(UserError, match=r"model runs/nowhere: no such file or directory: "):
+        run(Recipe.model_validate(made), tmp_path / "run")

@@ -90,7 +90,10 @@ def resolve(
 
 
 def _looks_like_path(path: str) -> bool:
-    return path.startswith(("./", "../", "/", "~")) or path in (".", "..") or path.lower().endswith(_FILE_ENDINGS)
+    # a namespace "runs" of a hub is not meant: it is where runs are
+    return (
+        path.startswith(("./", "../", "/", "~", "runs/")) or path in (".", "..") or path.lower().endswith(_FILE_ENDINGS)
+    )
 
 
 def _check_below(path: str, directory: Path, file: str) -> None:
