@@ -41,7 +41,7 @@ def run(recipe: Recipe, split: str = "test") -> dict[str, dict[str, float]]:
     task = task_of(recipe.task)
     if task.problem_type != "single_label_classification" and task.name not in _OTHERS:
         raise UserError(
-            f"baseline: {task.name} has none; there are some of classes, summaries, answers, next tokens, retrieval and "
+            f"baseline: {task.name} has none; there are some of classes, summaries, answers, next tokens, retrieval, "
             "hidden pixels"
         )
     seed = training_arguments(recipe, Path()).seed
