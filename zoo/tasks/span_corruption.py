@@ -14,7 +14,7 @@ from zoo.sections import TaskSection
 from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import IGNORED, Collate, Rows, Task, ask_text, check_length, check_padding
 from zoo.tasks.fill_mask import likeliest, mask_probability, token_metrics
-from zoo.tasks.summarization import Summaries
+from zoo.tasks.text_to_text import Writer
 
 DEFAULT_SPAN_LENGTH = 3.0
 
@@ -128,7 +128,7 @@ def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collat
     return collate
 
 
-class Spans(Summaries):
+class Spans(Writer):
     """Writes what the sentinels of a text stand for, each behind its own."""
 
     def postprocess(self, model_outputs, **options):
