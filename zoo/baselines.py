@@ -29,6 +29,7 @@ from zoo.tasks.masked_images import hidden_pixels
 from zoo.tasks.retrieval import ranks, retrieval, text_id
 from zoo.tasks.squad import squad
 from zoo.tasks.summarization import rouge
+from zoo.tasks.translation import translated
 from zoo.tokenizer import processor_for
 from zoo.train import training_arguments
 
@@ -40,10 +41,7 @@ def run(recipe: Recipe, split: str = "test") -> dict[str, dict[str, float]]:
     """Baseline -> its metrics on a split, learned on train. Raises UserError where the task has none."""
     task = task_of(recipe.task)
     if task.problem_type != "single_label_classification" and task.name not in _OTHERS:
-        raise UserError(
-            f"baseline: {task.name} has none; there are some of classes, summaries, answers, next tokens, retrieval, "
-            "hidden pixels"
-        )
+        raise UserError(f"baseline: {task.name} has none; there are some for {', '.join(('classes', *_OTHERS))}")
     seed = training_arguments(recipe, Path()).seed
     splits = load_splits(recipe.data, task.roles, seed, kind=task.labels)
     for note in splits.notes:
@@ -89,7 +87,28 @@ def _pixels(rows: Dataset) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32).ravel() for image in small])
 
 
-# Summaries
+# Choices
+
+
+def _choices(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """Any choice; the one whose words are most like those of the text, any of them where several are."""
+    texts = [text for row in splits.rows for text in (row["text"], *row["choices"])]
+    words = TfidfVectorizer(sublinear_tf=True).fit(texts)
+    likeness = [(words.transform(row["choices"]) @ words.transform([row["text"]]).T).toarray()[:, 0] for row in rows]
+    for name, scores in (
+        ("any choice", [np.zeros_like(alike) for alike in likeness]),
+        ("the choice most like the text by TF-IDF", likeness),
+    ):
+        best = [np.isclose(score, score.max()) for score in scores]
+        found = [one[right] / one.sum() for one, right in zip(best, rows["label"], strict=True)]
+        yield name, {"accuracy": float(np.mean(found))}
+
+
+# Texts
+
+
+def _copies(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    yield "the text itself", translated(list(rows["translation"]), list(rows["text"]))
 
 
 def _leads(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
@@ -219,7 +238,9 @@ def _nearest(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
 _OTHERS: dict[str, Callable[..., Iterator[tuple[str, dict[str, float]]]]] = {
     "sentence-similarity": _retrieved,
     "question-answering": _sentences,
+    "multiple-choice": _choices,
     "summarization": _leads,
+    "translation": _copies,
     "text-generation": _tokens,
     "masked-image-modeling": _hidden,
 }

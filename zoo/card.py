@@ -122,7 +122,8 @@ def _usage(recipe: Recipe, task: Task, usage: str | None, variant: bool) -> str:
     cut = f", truncation=True, max_length={recipe.task.max_length}" if task.name == "text-classification" else ""
     prefix = json.dumps(recipe.task.prefix or "", ensure_ascii=False)[1:-1]
     if usage is not None:
-        lines = ["```python", usage.format(trusted=trusted, prefix=prefix), "```"]
+        text = f"{prefix}Wheat shipments rose"
+        lines = ["```python", usage.format(trusted=trusted, prefix=prefix, text=text), "```"]
     else:
         lines = ["```python", "from transformers import pipeline", "", f'pipe = pipeline("{task.name}", "."{trusted})']
         lines += [f"print(pipe({task.example}{cut}))", "```"]

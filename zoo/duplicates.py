@@ -12,7 +12,7 @@ from datasketch import MinHash, MinHashLSH
 from tqdm import tqdm
 
 # of a row these are what is learned; the other columns are what is read
-LEARNED = ("label", "tags", "summary", "completion", "answers")
+LEARNED = ("label", "tags", "summary", "translation", "completion", "answers")
 SHOW_BAR_AFTER_SECONDS = 2
 # as Lee et al. 2022 (arXiv 2107.06499, section 4.2) have them
 SIMILARITY, WORDS_OF_SHINGLE = 0.8, 5

@@ -16,7 +16,10 @@ from zoo.recipe import Recipe
 from zoo.sections import DataSection, ModelSection, SourceSection
 from zoo.sources import resolve
 
-_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy")
+_PACKAGES = (
+    *("torch", "transformers", "datasets", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy"),
+    "sacrebleu",
+)
 # of larger data sizes stand for hashes: to read it once more would take longer than it is worth
 MAX_HASHED_BYTES = 4 * 2**30
 

@@ -1,8 +1,9 @@
-"""The column that a task learns: one class, several, a number, a tag for each token, or answers; read and checked."""
+"""The column that a task learns: a class, several, a number, tags, answers, a choice; read, checked and numbered."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
@@ -223,6 +224,48 @@ def _spans(rows: Dataset, split: str, names: list[str]) -> Dataset:
     return _replaced(rows, "answers", checked, feature)
 
 
+# One of the choices that a row has
+
+
+def choices_problem(choices: Any) -> str | None:
+    """What is wrong with a row's choices, in words, or None."""
+    if not isinstance(choices, list):
+        return f"holds {choices!r:.60}, not a list of texts, as JSON lines and parquet can hold one"
+    if len(choices) < 2:
+        return f"holds fewer than two choices, {choices!r:.60}"
+    for number, choice in enumerate(choices):
+        if not isinstance(choice, str) or not choice.strip():
+            return f"choice {number} is {choice!r:.60}, and not a text"
+    return None
+
+
+def _choice_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
+    """Labels are numbers from 0, texts of choices or, where not all of a split are such texts, letters from A."""
+    feature, labels, choices = rows.features["label"], list(rows["label"]), list(rows["choices"])
+    for row, label in zip(rows["row"], labels, strict=True):
+        if _is_missing(feature, label):
+            raise _missing(split, row)
+    if not any(isinstance(label, str) for label in labels):
+        known: list[Sequence[Any]] = [range(len(given)) for given in choices]
+    elif all(label in given for label, given in zip(labels, choices, strict=True)):
+        known = choices
+    else:
+        lettered = all(label in ascii_uppercase and len(label) == 1 for label in labels)
+        known = [ascii_uppercase[: len(given)] for given in choices] if lettered else choices
+    numbered = []
+    for row, label, given in zip(rows["row"], labels, known, strict=True):
+        found = [number for number, name in enumerate(given) if name == label and not isinstance(label, bool)]
+        if len(found) != 1:
+            there = ", ".join(f"{name!r:.40}" for name in given)
+            what = "is none" if not found else "is more than one"
+            raise UserError(
+                f"data: {split} row {row}: the label {label!r:.60} {what} of its choices, {there}; give a choice's "
+                "number from 0, its letter from A, or its text"
+            )
+        numbered += found
+    return _replaced(rows, "label", numbered, Value("int64"))
+
+
 LABEL_KINDS: dict[str, LabelKind] = {
     "class": LabelKind("label", _class_names, _class_numbers, in_proportion=True),
     "beside": LabelKind("label", lambda train: [], _beside_numbers, in_proportion=True, declared=[]),
@@ -230,4 +273,5 @@ LABEL_KINDS: dict[str, LabelKind] = {
     "number": LabelKind("label", _numeric_names, _numeric, declared=ONE_OUTPUT),
     "tags": LabelKind("tags", _tag_names, _tag_numbers),
     "answers": LabelKind("answers", _span_names, _spans, declared=TWO_OUTPUTS),
+    "choice": LabelKind("label", lambda train: [], _choice_numbers, declared=[]),
 }

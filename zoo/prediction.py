@@ -36,9 +36,9 @@ def run(
     """An answer for each text or image file, or each row of a file of them.
 
     Each has `id`, what was asked, `predicted` and, of classes, `probabilities`; of vectors, `embedding`. file: any the
-    datasets library reads, with the columns that the task asks for (`text` and `text_pair`, `image`, `question` and
-    `context`, `prompt` or `messages`), or the names of the run's own data. pictures: a folder for images that the model
-    makes, which is made then; without it nothing is kept of them but how far they are.
+    datasets library reads, with the columns that the task asks for (`text` and `text_pair` or `choices`, `image`,
+    `question` and `context`, `prompt` or `messages`), or the names of the run's own data. pictures: a folder for images
+    that the model makes, which is made then; without it nothing is kept of them but how far they are.
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
     if bool(asked) == (file is not None):
@@ -77,6 +77,9 @@ def _rows(finished: Finished, file: Path) -> list[dict[str, Any]]:
     rows = read_rows(file)
     named = {str(role): name for role, name in finished.recipe.data.columns.items()}
     first, wanted = finished.task.asked[0], {}
+    if any({role, named.get(role, role)}.isdisjoint(rows.column_names) for role in finished.task.asked):
+        # a column within another has a name such as choices.text
+        rows = rows.flatten()
     for role in finished.task.asked:
         names = [name for name in (named.get(role, role), role) if name in rows.column_names]
         if names:
@@ -178,6 +181,8 @@ def _predicted(answer: dict[str, Any]) -> Iterator[str]:
         yield f"{predicted:.4f}"
     elif isinstance(predicted, str) and "n_best" in answer:
         yield f"{predicted or 'no answer'} {answer['score']:.3f}"
+    elif isinstance(predicted, int):
+        yield f"{answer['choices'][predicted]} {scores[predicted]:.3f}"
     elif isinstance(predicted, str) and not scores:
         yield predicted
     elif isinstance(predicted, str):

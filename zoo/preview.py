@@ -75,6 +75,9 @@ def _seen(row: int, batch: dict[str, Any], task: Task, processor: Any, names: li
             seen["pixels"] = list(values.shape[1:])
         elif name == "input_ids":
             seen["tokens"] = _tokens(values, processor)
+        elif name == "labels" and "input_ids" in batch and batch["input_ids"].ndim > 2:
+            # behind the right choice stands how many there are
+            seen["label"] = int(values[0, 0])
         elif name == "labels" and values.ndim > 1 and "input_ids" in batch:
             same = values.shape == batch["input_ids"].shape
             if values.is_floating_point():

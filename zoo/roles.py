@@ -10,7 +10,7 @@ from zoo.chats import chat_fault
 from zoo.derived import DERIVED
 from zoo.errors import UserError, did_you_mean
 from zoo.images import from_pixels, image_column
-from zoo.labels import NOTHING
+from zoo.labels import NOTHING, choices_problem
 from zoo.sections import SourceSection
 
 
@@ -31,6 +31,9 @@ def by_role(
         columns["image"] = "image"
         rows = from_pixels(rows, section.pixels, others, where)
     wanted = _wanted(roles, given, rows.column_names)
+    if any(columns[role] not in rows.column_names for role in wanted):
+        # a column within another has a name such as translation.de
+        rows = rows.flatten()
     for role in wanted:
         if columns[role] not in rows.column_names:
             near = did_you_mean(columns[role], rows.column_names)
@@ -122,9 +125,13 @@ def _check_chats(rows: Dataset, role: str, column: str, split: str, path: str) -
             raise UserError(f"data {path}: {split} row {row}: the chat in column {column!r} {fault}")
 
 
+def _check_choices(rows: Dataset, role: str, column: str, split: str, path: str) -> None:
+    for row, choices in zip(rows["row"], rows[role], strict=True):
+        if problem := choices_problem(choices):
+            raise UserError(f"data {path}: {split} row {row}: column {column!r}: {problem}; mend the row, or remove it")
+
+
 _OPTIONAL = ("text_pair", "negative")
-_TEXTS = {
-    **dict.fromkeys(("text", "question", "context", *_OPTIONAL, "prompt", "completion"), _check_texts),
-    "tokens": _check_tokens,
-    "messages": _check_chats,
-}
+_PLAIN = ("text", *_OPTIONAL, "summary", "translation", "question", "context", "prompt", "completion")
+_TEXTS = dict.fromkeys(_PLAIN, _check_texts)
+_TEXTS |= {"tokens": _check_tokens, "messages": _check_chats, "choices": _check_choices}

@@ -14,8 +14,8 @@ DEFAULT_TEMPERATURE = 0.05
 DEFAULT_ANSWER_LENGTH = 30
 DEFAULT_N_BEST = 20
 Role = Literal[
-    "text", "text_pair", "label", "tokens", "tags", "image", "summary", "negative", "question", "context", "answers",
-    "messages", "prompt", "completion",
+    "text", "text_pair", "choices", "label", "tokens", "tags", "image", "summary", "translation", "negative",
+    "question", "context", "answers", "messages", "prompt", "completion",
 ]  # fmt: skip
 
 
@@ -41,6 +41,11 @@ TASK_TYPES = {
         "One label, several, or a number for a text or a pair of texts (problem_type).",
         ("text", "text_pair", "label"),
         ("max_length", "metrics", "problem_type", "stride", "pooling", "threshold", "class_weights"),
+    ),
+    "multiple-choice": TaskType(
+        "The right one of several choices for a text.",
+        ("text", "choices", "label"),
+        ("max_length",),
     ),
     "token-classification": TaskType(
         "A tag for each token: names, parts of speech.", ("tokens", "tags"), ("max_length", "metrics")
@@ -78,6 +83,12 @@ TASK_TYPES = {
     "summarization": TaskType(
         "A shorter text for a text, by an encoder and a decoder.",
         ("text", "summary"),
+        ("max_length", "max_target_length", "prefix", "metrics"),
+        generates=True,
+    ),
+    "translation": TaskType(
+        "A text in another language, by an encoder and a decoder.",
+        ("text", "translation"),
         ("max_length", "max_target_length", "prefix", "metrics"),
         generates=True,
     ),

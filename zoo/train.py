@@ -379,10 +379,10 @@ def build_trainer(
     trainer: ZooTrainer
     measure, loss = own_metrics(task, recipe.task, labels, processor), None
     of_model = {field: getattr(model.config, field) for field in task.config_fields}
-    if task.loss is not None and train_rows is not None:
+    if task.loss is not None:
         rows = train_rows.rows if isinstance(train_rows, WithDraws) else train_rows
         # nothing that weighs classes is trained on a stream
-        learned = [] if isinstance(rows, Stream) else rows["labels"]
+        learned = [] if rows is None or isinstance(rows, Stream) else rows["labels"]
         loss = task.loss(recipe.task, learned, len(labels), arguments.label_smoothing_factor)
     if recipe.task.metrics and eval_rows is not None:
         # a recipe's own metrics say only when they run what they are called, and whether they take their options

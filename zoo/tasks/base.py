@@ -61,8 +61,8 @@ class Task:
     records: (section, label names, processor) -> a function of gathered predictions to a mapping for each row: `gold`,
     `predicted`, `probabilities`. None where a row has no answer of its own.
     classes: (label names, records) -> a table of each class. loss: (section, labels of train, classes, smoothing) ->
-    another loss than the model's own, or None. row_loss: (outputs, batch) -> the part of the model's loss that is a
-    mean over rows, where the rest is one over tokens.
+    another loss than the model's own, or None; where nothing is trained there are no labels. row_loss: (outputs, batch)
+    -> the part of the model's loss that is a mean over rows, where the rest is one over tokens.
 
     writes: predictions are what the model generates, and not its logits. learn: section -> a function of a model that
     has no head, and of a batch, to the loss, a mean over rows, and what is gathered as predictions.
@@ -70,9 +70,9 @@ class Task:
     asked: the roles that a prediction wants, the first of them or messages at least; ask: (these of a row, its number,
     processor) -> what a pipeline takes, or UserError. pipeline: section -> transformers' own pipeline, or one of ours,
     and the options of a call. answer: what that says, under the names of `predictions.jsonl`. example: what a card asks
-    it; usage: the card's whole code, where transformers has no such pipeline, with places for `trusted` and `prefix`,
-    or (section, model) -> it. tag: the hub's name for it, where that is another; library: what opens the model. files:
-    (section, model) -> what that wants to find beside the weights, by name.
+    it; usage: the card's whole code, where transformers has no such pipeline, with places for `trusted`, `prefix` and a
+    `text` behind that, or (section, model) -> it. tag: the hub's name for it, where that is another; library: what
+    opens the model. files: (section, model) -> what that wants to find beside the weights, by name.
     """
 
     name: str

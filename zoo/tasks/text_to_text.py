@@ -86,7 +86,7 @@ def _pipeline(section: TaskSection):
 USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForSeq2SeqLM.from_pretrained("."{trusted})
-written = model.generate(**tokenizer("Wheat shipments rose", return_tensors="pt"))
+written = model.generate(**tokenizer({text!r}, return_tensors="pt"))
 print(tokenizer.decode(written[0], skip_special_tokens=True))"""
 
 
