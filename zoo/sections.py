@@ -143,9 +143,9 @@ class TaskSection(Section):
 
     `max_target_length` is that of texts that are written, `prefix` stands before each text, or each prompt. `packing`:
     training rows hold as many texts as fit, which do not see each other. `stride`: a longer text is read in windows
-    that overlap by so much, and their logits are pooled; without it the text is cut. `pooling` is that of windows, or of the
-    tokens of a text that becomes a vector. A question's context is always read in windows. Its answer has at most
-    `max_answer_length` tokens; the `n_best_size` best are told; with `version_2_with_negative` there may be none.
+    that overlap by so much, and their logits are pooled; without it the text is cut. `pooling` is that of windows, or
+    of the tokens of a text that becomes a vector. A question's context is always read in windows. Its answer has at
+    most `max_answer_length` tokens; the `n_best_size` best are told; with `version_2_with_negative` there may be none.
     `mask_ratio`: the share of an image that is hidden, in squares of `mask_patch_size` pixels, or in the model's
     patches. `metrics`: more of them, each with its options, by the name of one of ours, a file, or a name on the hub.
     """
