@@ -24,7 +24,7 @@ def smoke(tmp_path_factory):
     def run(name: str) -> tuple[dict, str]:
         if name not in done:
             recipe = load_recipe(name)
-            for start in (recipe.model.path, recipe.model.tokenizer):
+            for start in map(str, (recipe.model.path, recipe.model.tokenizer)):
                 if start in directories:
                     run(directories[start])
             # a context is read in several windows
