@@ -132,7 +132,8 @@ class Recipe(Section):
     def smoke(self) -> "Recipe":
         """A copy that runs in seconds: 64 rows a split, `smoke_length` tokens, 4 steps, evaluated and saved every 2.
 
-        Of a published size with random weights two layers are left.
+        Of a published size with random weights two layers are left. Where it goes on from a run that has been tried only,
+        it goes on from that.
         """
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
         length = min(self.task.max_length, TASK_TYPES[self.task.type].smoke_length)
@@ -155,6 +156,10 @@ class Recipe(Section):
         if isinstance(model.tokenizer, TokenizerSection):
             fewer = model.tokenizer.model_copy(update={"rows": min(model.tokenizer.rows or 64, 64)})
             model = model.model_copy(update={"tokenizer": fewer})
+        for key in ("path", "tokenizer"):
+            start = getattr(model, key)
+            if isinstance(start, str) and not Path(start).exists() and Path(f"{start}-smoke").is_dir():
+                model = model.model_copy(update={key: f"{start}-smoke"})
         changes = {"model": model, "data": data, "task": task, "train": train, "seeds": self.seeds[:2]}
         small = self.model_copy(update=changes, deep=True)
         before, after = leaves(plain(self)), leaves(plain(small))
