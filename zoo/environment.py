@@ -29,18 +29,22 @@ def environment(recipe: Recipe, world_size: int, model_commit: str | None = None
     return {
         "versions": {"python": platform.python_version(), "transformer-zoo": _version("transformer-zoo")}
         | {name: _version(name) for name in _PACKAGES},
-        "hardware": {
-            "machine": platform.machine(),
-            "system": f"{platform.system()} {platform.release()}",
-            "cpu": _cpu(),
-            "threads": torch.get_num_threads(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "accelerators": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
-        },
+        "hardware": hardware(),
         "world_size": world_size,
         "git_commit": _git_commit(recipe.file),
         "model": _model(recipe.model) | ({"commit": model_commit} if model_commit else {}),
         "data": data_of(recipe.data),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "accelerators": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }
 
 
