@@ -132,8 +132,8 @@ class Recipe(Section):
     def smoke(self) -> "Recipe":
         """A copy that runs in seconds: 64 rows a split, `smoke_length` tokens, 4 steps, evaluated and saved every 2.
 
-        Of a published size with random weights two layers are left. What goes on from a run that has only been tried goes
-        on from that.
+        Of a published size with random weights two layers are left. What goes on from a run that has only been tried
+        goes on from that.
         """
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
         length = min(self.task.max_length, TASK_TYPES[self.task.type].smoke_length)

@@ -1,7 +1,7 @@
-"""`make recipes`: runs the shipped recipes whole, one after the other, and writes what they reach into docs/recipes.md.
+"""`make recipes`: runs the shipped recipes whole, and writes what they reach into docs/recipes.md.
 
-A run that is finished is not made again, so that it goes on where it was stopped. Recipes on the web's data sets are left
-out: they name a hub and take days.
+A run that is finished is not made again, so that it goes on where it was stopped; a recipe that has not been run keeps
+the line it has. Recipes on the web's data sets are left out: they name a hub and take days.
 """
 
 import json
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
-from zoo.environment import hardware
 from zoo.files import write_text
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe, shipped_recipes
@@ -20,7 +19,7 @@ from zoo.tasks import task_of
 
 PAGE = Path("docs/recipes.md")
 BEGIN, END = "<!-- made by make recipes -->\n", "<!-- end -->\n"
-HEAD = ("recipe", "test", "beside it", "minutes", "peak memory")
+HEAD = ("recipe", "test", "beside it", "minutes", "peak memory", "on", "threads")
 
 
 def main(names: Sequence[str] = ()) -> None:
@@ -32,13 +31,13 @@ def main(names: Sequence[str] = ()) -> None:
             said = _zoo("baseline", name, "--json", check=False)
             if said:
                 write_text(_directory(name) / "baseline.json", said)
-    rows = [_row(name) for name in shipped_recipes() if (_directory(name) / "metrics.json").exists()]
     page = PAGE.read_text(encoding="utf-8")
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-    lines = [_line(HEAD), _line(["---"] * len(HEAD)), *map(_line, rows)]
-    made = f"Made on {date.today():%d %B %Y} on {hardware()['cpu']}, {hardware()['threads']} threads.\n\n"
-    write_text(PAGE, before + BEGIN + made + "\n".join(lines) + "\n" + END + after)
-    print(f"{len(rows)} recipes in {PAGE}")
+    before, table, after = page.partition(BEGIN)[0], page.partition(BEGIN)[2].partition(END)[0], page.partition(END)[2]
+    lines = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    lines |= {name: _line(_row(name)) for name in shipped_recipes() if (_directory(name) / "metrics.json").exists()}
+    kept = [lines[name] for name in shipped_recipes() if name in lines]
+    write_text(PAGE, before + BEGIN + "\n".join([_line(HEAD), _line(["---"] * len(HEAD)), *kept]) + "\n" + END + after)
+    print(f"{len(kept)} recipes in {PAGE}")
 
 
 def _zoo(*arguments: str, check: bool = True) -> str:
@@ -84,7 +83,10 @@ def _row(name: str) -> list[str]:
     for method, values in (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}).items():
         beside.append(f"{method} {next(iter(values.values())):.4f}")
     minutes, memory = metrics["train_runtime"] / 60, metrics["peak_memory_bytes"] / 2**20
-    return [f"`{name}`", reached, "; ".join(beside), f"{minutes:.1f}", f"{memory:,.0f} MiB"]
+    made = json.loads((_directory(name) / "environment.json").read_text(encoding="utf-8"))["hardware"]
+    on = date.fromtimestamp((_directory(name) / "metrics.json").stat().st_mtime)
+    where = [f"{on}, {made['cpu'] or made['machine']}", str(made["threads"])]
+    return [f"`{name}`", reached, "; ".join(beside) or "-", f"{minutes:.1f}", f"{memory:,.0f} MiB", *where]
 
 
 def _line(cells: Sequence[str]) -> str:
