@@ -18,6 +18,7 @@ LAYERS = [
     {"service", "hub_errors", "console", "weights"},
     {"task_types", "derived"},
     {"sections"},
+    {"data_sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
     {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples", "finetuning"}
     | {"packed_rows"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"streaming"},
     {"loading", "data", "tasks"},
     {"step_loss"},
-    {"trainer", "tokenizer", "encoding_cache"},
+    {"trainer", "tokenizer", "encoding", "event_log"},
     {"model_directory", "results", "environment", "card"},
     {"hub"},
     {
@@ -39,6 +40,7 @@ LAYERS = [
         "doctor",
         "baselines",
         "preview",
+        "recipe_table",
     },
     {"cli"},
 ]

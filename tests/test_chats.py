@@ -16,10 +16,11 @@ from tests.conftest import read_r8
 from tests.test_runs import read_lines, read_metrics, write_jsonl
 from tests.test_writing import GPT, recipe
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import UserError
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
-from zoo.sections import DataSection, TaskSection
+from zoo.sections import TaskSection
 from zoo.task_types import TASK_TYPES
 from zoo.tasks import task_of
 from zoo.tasks.base import IGNORED

@@ -9,9 +9,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from tests.conftest import TOPICS, read_r8, write_csv
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import UserError
 from zoo.labels import LABEL_KINDS
-from zoo.sections import DataSection
 
 ROLES = ("text", "text_pair", "label")
 ROWS = [(f"text number {n}", "ab"[n % 2]) for n in range(20)]

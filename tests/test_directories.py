@@ -14,8 +14,8 @@ import zoo.evaluation
 import zoo.prediction
 from tests.test_runs import RUNS, files, recipe, write_jsonl
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import RunError, UserError
-from zoo.sections import DataSection
 from zoo.train import run, training_arguments
 
 TEXT = "wheat shipments rose"

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from tests.hub_server import TOKEN
 from zoo import hub
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import RunError, UserError
 from zoo.hub_errors import dataset_failure
 from zoo.loading import load_model, load_processor
-from zoo.sections import DataSection, ModelSection
+from zoo.sections import ModelSection
 
 pytestmark = pytest.mark.usefixtures("online", "no_waiting")
 

@@ -23,14 +23,16 @@ from tests.conftest import write_csv
 from tests.test_runs import read_lines, read_metrics, write_jsonl
 from tests.tiny_run import checkpoints, differing, weights, without_time
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
+from zoo.encoding import encoded
 from zoo.errors import Interrupted, UserError
 from zoo.images import augmented, open_image
 from zoo.loading import load_processor
 from zoo.recipe import Recipe
 from zoo.samples import WithDraws
-from zoo.sections import Augmentation, DataSection
+from zoo.sections import Augmentation
 from zoo.tasks import task_of
-from zoo.train import encoded, run
+from zoo.train import run
 from zoo.trainer import ZooTrainer
 
 SIDE = 16

@@ -19,14 +19,16 @@ from tests.test_images import CLASSES, SIDE, VIT, as_pixels, fields, named
 from tests.test_runs import read_lines, read_metrics
 from tests.tiny_run import checkpoints, weights, without_time
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
+from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.loading import load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.samples import WithDraws
-from zoo.sections import DataSection, TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.masked_images import hidden_patches, hidden_pixels
-from zoo.train import encoded, run
+from zoo.train import run
 from zoo.trainer import ZooTrainer
 
 TASK = "masked-image-modeling"

@@ -8,10 +8,10 @@ from PIL import Image
 from tests.conftest import read_r8, write_csv
 from tests.test_runs import write_jsonl
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import UserError
 from zoo.labels import LABEL_KINDS
 from zoo.recipe_loading import load_recipe
-from zoo.sections import DataSection
 
 ROLES = ("text", "label")
 

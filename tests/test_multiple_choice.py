@@ -17,11 +17,13 @@ import zoo.preview
 from tests.conftest import read_r8
 from tests.test_runs import read_lines, read_metrics, recipe, write_jsonl
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
+from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.prediction import in_lines
-from zoo.sections import DataSection, TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks import task_of
-from zoo.train import encoded, run
+from zoo.train import run
 
 CHOICE = {"type": "multiple-choice"}
 SECTION = TaskSection.model_validate({**CHOICE, "max_length": 24})

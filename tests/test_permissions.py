@@ -15,8 +15,8 @@ from tests.conftest import read_r8, write_csv
 from tests.test_runs import recipe
 from zoo import hub, prediction
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import UserError
-from zoo.sections import DataSection
 from zoo.train import run
 
 NOBODY = 65534

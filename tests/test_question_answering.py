@@ -15,15 +15,17 @@ from tests.conftest import read_r8
 from tests.test_runs import read_lines, read_metrics, recipe, write_jsonl
 from zoo.card import card
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.derived import DERIVED
+from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
-from zoo.sections import DataSection, TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.answer_spans import OUTSIDE, best_answers, candidates, no_answer, positions, windows
 from zoo.tasks.squad import exact, f1, normalised, squad
-from zoo.train import encoded, run
+from zoo.train import run
 
 QA = {"type": "question-answering", "max_length": 48, "stride": 12, "version_2_with_negative": True}
 QUESTION = "Who says what?"

@@ -11,13 +11,15 @@ import zoo.prediction
 from tests.conftest import read_r8
 from tests.test_runs import read_metrics, recipe, write_jsonl
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
+from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.samples import WithDraws
-from zoo.sections import DataSection, TaskSection
+from zoo.sections import TaskSection
 from zoo.tasks import task_of
 from zoo.tasks.base import IGNORED
 from zoo.tasks.sentence_pairs import cut_pair, next_sentence, sentence_order
-from zoo.train import encoded, run
+from zoo.train import run
 
 NEXT, ORDER = "next-sentence-prediction", "sentence-order-prediction"
 

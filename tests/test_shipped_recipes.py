@@ -27,8 +27,8 @@ def smoke(tmp_path_factory):
             for start in map(str, (recipe.model.path, recipe.model.tokenizer)):
                 if start in directories:
                     run(directories[start])
-            # a context is read in several windows
-            rows = 8 if recipe.task.type == "question-answering" else 24
+            # a context is read in several windows; of a small share some texts must be left to compare
+            rows = 8 if recipe.task.type == "question-answering" else max(24, math.ceil(2.5 / recipe.data.validation))
             where = ("--output-dir", f"runs/{recipe.name}")
             code, out, err = zoo("train", name, "--smoke", "--json", f"data.limit={rows}", *where, cwd=folder)
             assert code == 0, err

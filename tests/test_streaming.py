@@ -11,10 +11,10 @@ from tests.test_runs import recipe, write_jsonl
 from tests.tiny_run import differing, events, weights
 from zoo import train
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import RunError, UserError
 from zoo.labels import LABEL_KINDS
 from zoo.recipe_loading import load_recipe
-from zoo.sections import DataSection
 from zoo.streaming import Stream
 
 SHARDS = (40, 41, 42)
@@ -37,7 +37,7 @@ def opened(place, /, roles=("text",), kind=None, **section):
 
 
 def stream(splits, others=False, seed=1) -> Stream:
-    return Stream(splits.train, lambda rows: rows.to_dict(), seed, others)
+    return Stream(splits.train, lambda rows: rows.to_dict(), seed, True, others)
 
 
 def test_each_pass_has_each_row_once_in_another_order(shards):
@@ -85,7 +85,7 @@ def test_limit_and_labels(tmp_path):
     splits = opened(tmp_path, ("text", "label"), "class", format="parquet", limit=20, validation=30)
     assert splits.labels == ["even", "odd"] and len(splits.validation) == 20
     assert {sample["text"] for sample in islice(stream(opened(tmp_path, format="parquet", limit=20)), 60)} == {
-        f"text {n}" for n in range(5, 20)
+        f"text {n}" for n in range(5, 25)
     }
     write_jsonl(tmp_path / "words.jsonl", [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)])
     with pytest.raises(UserError, match="a stream is not read for its labels; declare them as a ClassLabel"):

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, EvalPrediction
 
 from tests.conftest import NER, read_r8, write_csv
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import UserError
 from zoo.recipe_loading import load_recipe
 from zoo.samples import WithDraws
-from zoo.sections import DataSection, TaskSection
+from zoo.sections import TaskSection
 from zoo.task_types import TASK_TYPES
 from zoo.tasks import TASKS, task_of
 from zoo.tasks.base import cut

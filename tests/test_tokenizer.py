@@ -10,10 +10,11 @@ from tests.test_runs import recipe
 from zoo import tokenizer as stage
 from zoo import train
 from zoo.data import load_splits
+from zoo.data_sections import DataSection
 from zoo.errors import UserError
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
-from zoo.sections import DataSection, TokenizerSection
+from zoo.sections import TokenizerSection
 
 FOREIGN = "na\xefve \u6f22\u5b57 \U0001f40e"
 

@@ -21,11 +21,12 @@ import zoo.evaluation
 from tests.tiny_run import SAVE, SERVER, STEPS, TRAIN_ROWS, differing, events, make_recipe, weights, without_time
 from zoo.checkpoints import newest_complete
 from zoo.data import load_splits
+from zoo.encoding import encoded
 from zoo.errors import RunError, UserError
 from zoo.loading import load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
-from zoo.train import build_trainer, encoded, run
+from zoo.train import build_trainer, run
 from zoo.trainer import ZooTrainer
 
 
@@ -220,6 +221,7 @@ def test_a_checkpoint_that_finds_no_room(recipe, finished, tmp_path, largest, fi
 
 def _cached_in_small_files(recipe: Recipe, directory: Path, warm: bool, answer) -> None:
     datasets.config.HF_DATASETS_CACHE = directory / "cache"
+    os.environ["HF_HOME"] = str(directory / "home")
     if warm:
         load_splits(recipe.data, task_of(recipe.task).roles, 7, kind=task_of(recipe.task).labels)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
@@ -236,7 +238,8 @@ def test_a_cache_that_finds_no_room(recipe, tmp_path, warm):
     process.start()
     said = answer.get(timeout=120)
     process.join()
-    assert said == f"{tmp_path / 'cache'}: cannot be written: File too large; make room, or set HF_HOME"
+    place = tmp_path / ("home/zoo/encoded" if warm else "cache")
+    assert said == f"{place}: cannot be written: File too large; make room, or set HF_HOME"
     assert not (tmp_path / "run" / "recipe.yaml").exists(), "the directory stays free"
 
 

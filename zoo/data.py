@@ -8,12 +8,12 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from zoo.data_sections import DataSection, PartSection
 from zoo.duplicates import Parts, deduplicated, overlaps
 from zoo.errors import UserError
 from zoo.labels import LabelKind
 from zoo.reading import folder_of, named, read, room_in_cache
 from zoo.roles import by_role, derived
-from zoo.sections import DataSection, PartSection
 from zoo.streaming import BUFFER_SIZE, Unread, label_names, open_source
 
 TEST_SEED = 0

@@ -11,9 +11,10 @@ import httpx2
 import torch
 from huggingface_hub import HfApi
 
+from zoo.data_sections import DataSection, SourceSection
 from zoo.files import sha256
 from zoo.recipe import Recipe
-from zoo.sections import DataSection, ModelSection, SourceSection
+from zoo.sections import ModelSection
 from zoo.sources import resolve
 
 _PACKAGES = (

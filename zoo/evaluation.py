@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from zoo.data import load_splits
+from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.loading import set_generation
 from zoo.model_directory import open_finished
 from zoo.recipe import Recipe
 from zoo.task_types import TASK_TYPES
 from zoo.tasks.metrics import OURS
-from zoo.train import build_trainer, encoded, training_arguments
+from zoo.train import build_trainer, training_arguments
 
 # what an evaluation reads of a recipe besides `data`; the rest would be ignored
 _READ = (

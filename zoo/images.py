@@ -9,8 +9,9 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from zoo.data_sections import Pixels
 from zoo.errors import UserError, did_you_mean
-from zoo.sections import Augmentation, Pixels
+from zoo.sections import Augmentation
 
 # what cannot be shown in 8 bits a channel without choosing what is black and what white
 _TOO_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")

@@ -159,7 +159,7 @@ def _beginning(text: str) -> str:
 def _with_nearest(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Vectors say nothing to people: with those of single texts, the nearest other text and the cosine to it."""
     first = next(answers, None)
-    if first is None or "embedding" not in first:
+    if first is None or "embedding" not in first or "predicted" in first:
         yield from chain([] if first is None else [first], answers)
         return
     texts = [first, *answers]

@@ -13,9 +13,9 @@ import datasets
 import httpx2
 from datasets import Dataset, IterableDataset
 
+from zoo.data_sections import SourceSection
 from zoo.errors import RunError, UserError
 from zoo.hub_errors import dataset_failure
-from zoo.sections import SourceSection
 from zoo.sources import Source, resolve
 
 # file ending -> the datasets library's name for its reader; recipes may name any other reader
@@ -31,15 +31,15 @@ _TAB_SEPARATED = {".tsv", ".tab"}
 
 
 @contextmanager
-def room_in_cache() -> Iterator[None]:
-    """Words for a cache of the datasets library that is full."""
+def room_in_cache(folder: Path | None = None) -> Iterator[None]:
+    """Words for a cache that is full: that of the datasets library, or another folder."""
     try:
         yield
     except (OSError, datasets.exceptions.DatasetsError) as error:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
-                where = datasets.config.HF_DATASETS_CACHE
+                where = folder or datasets.config.HF_DATASETS_CACHE
                 raise RunError(f"{where}: cannot be written: {cause.strerror}; make room, or set HF_HOME") from error
             cause = cause.__cause__
         raise

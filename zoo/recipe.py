@@ -15,15 +15,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import Node
 from ruamel.yaml.representer import SafeRepresenter
 
+from zoo.data_sections import DataSection, SourceSection
 from zoo.errors import Keys
 from zoo.sections import (
-    DataSection,
     FinetuneSection,
     HubSection,
     LaunchSection,
     ModelSection,
     Section,
-    SourceSection,
     TaskSection,
     TokenizerSection,
 )
@@ -152,7 +151,8 @@ class Recipe(Section):
                 train |= {f"{kind}_strategy": "steps", f"{kind}_steps": 2}
         model = self.model
         if model.size is not None:
-            model = model.model_copy(update={"config": model.config | {"num_hidden_layers": 2}})
+            stacks = ("num_hidden_layers", *(["num_decoder_layers"] if model.size.startswith("t5") else []))
+            model = model.model_copy(update={"config": model.config | dict.fromkeys(stacks, 2)})
         if isinstance(model.tokenizer, TokenizerSection):
             fewer = model.tokenizer.model_copy(update={"rows": min(model.tokenizer.rows or 64, 64)})
             model = model.model_copy(update={"tokenizer": fewer})

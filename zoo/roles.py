@@ -7,11 +7,11 @@ from typing import Any
 from datasets import Dataset, LargeList, List
 
 from zoo.chats import chat_fault
+from zoo.data_sections import SourceSection
 from zoo.derived import DERIVED
 from zoo.errors import UserError, did_you_mean
 from zoo.images import from_pixels, image_column
 from zoo.labels import NOTHING, choices_problem
-from zoo.sections import SourceSection
 
 
 def by_role(

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
+from zoo.data_sections import PartSection
 from zoo.duplicates import Parts, digests
 from zoo.errors import RunError, UserError
 from zoo.labels import LabelKind
 from zoo.reading import UNREADABLE, folder_of, named, read, unreadable
 from zoo.roles import by_role
-from zoo.sections import PartSection
 
 BUFFER_SIZE = 1000
 MARKS = 10_000  # of the newest blocks, which is more than a loader reads ahead
@@ -127,13 +127,15 @@ def label_names(kind: LabelKind, source: Source) -> list[str]:
 class Stream(torch.utils.data.IterableDataset):
     """Samples without end, as a batch takes them.
 
-    encode: rows -> columns of samples, `row` among them, and `piece` where a row becomes several. Samples carry `draw`:
-    (seed, pass, source, row, piece), and with `others` as `other` a sample of another row of their block. Whoever saves
-    asks `place` for where a number of samples ended; `go_on` begins there.
+    encode: rows -> columns of samples, `row` among them, and `piece` where a row becomes several. With `draws` samples
+    carry `draw`: (seed, pass, source, row, piece), and with `others` as `other` a sample of another row of their block.
+    Whoever saves asks `place` for where a number of samples ended; `go_on` begins there.
     """
 
-    def __init__(self, unread: Unread, encode: Callable[[Dataset], Mapping[str, list]], seed: int, others: bool):
-        self.unread, self.encode, self.seed, self.others = unread, encode, seed, others
+    def __init__(
+        self, unread: Unread, encode: Callable[[Dataset], Mapping[str, list]], seed: int, draws: bool, others: bool
+    ):
+        self.unread, self.encode, self.seed, self.draws, self.others = unread, encode, seed, draws, others
         begin: Place = {"pass": 0, "shard": 0, "rows": 0, "block": 0, "state": None}
         self.start: dict[str, Any] = {"sample": 0, "sources": [[begin, 0] for _ in unread.sources]}
         self.skip = 0
@@ -187,6 +189,8 @@ class Stream(torch.utils.data.IterableDataset):
         """(where it begins, its samples) of each block of a source, shard by shard, from `place` on."""
         source, place = self.unread.sources[number], dict(place)
         where, limit = f"data {source.section.path}", self.unread.limit
+        # rows that are held out count for none of train's
+        limit = None if limit is None else limit + len(source.held_out)
         shards = source.rows.num_shards
         while True:
             whole, made = place["rows"] == 0, 0
@@ -223,7 +227,7 @@ class Stream(torch.utils.data.IterableDataset):
         columns = self.encode(rows) if len(rows) else {"row": []}
         order = np.random.default_rng([self.seed, 5, place["pass"], number, place["block"]])
         samples = [{name: values[n] for name, values in columns.items()} for n in range(len(columns["row"]))]
-        for sample in samples:
+        for sample in samples if self.draws else ():
             piece = [sample["piece"]] if "piece" in sample else []
             sample["draw"] = [self.seed, place["pass"], number, sample["row"], *piece]
         if self.others:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import (
     EvalPrediction,
@@ -28,24 +27,24 @@ from zoo import finetuning, hub
 from zoo.card import card
 from zoo.checkpoints import PROGRESS, STATE, newest_complete
 from zoo.data import Splits, load_splits
-from zoo.encoding_cache import cached
+from zoo.encoding import by_rows, encoded, stream
 from zoo.environment import changed, data_of, environment
 from zoo.errors import UserError, did_you_mean
+from zoo.event_log import EventLog
 from zoo.files import as_json, write_json, write_text
 from zoo.loading import Processor, fit_images, load_model, set_generation
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
-from zoo.packed_rows import PackedRows, check_kept_apart
-from zoo.reading import room_in_cache
+from zoo.packed_rows import check_kept_apart
 from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.samples import WithDraws
 from zoo.streaming import Stream, Unread
 from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
-from zoo.tasks import COUNTED, LOWER_IS_BETTER, Task, task_of
+from zoo.tasks import LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, all_right, own_metrics
 from zoo.tokenizer import processor_for
-from zoo.trainer import EventLog, HeadlessTrainer, WritingTrainer, ZooTrainer
+from zoo.trainer import HeadlessTrainer, WritingTrainer, ZooTrainer
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"  # among them, where a run has learned its own
@@ -259,8 +258,9 @@ def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Pa
 
 def _check_data(checkpoint: Path, data: dict[str, Any]) -> None:
     """Raises UserError where the data are not those that a checkpoint was trained on."""
-    before = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")).get("data", {})
-    names = changed(before, data)
+    progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    # of one that says nothing of data the trainer says what is wrong with it
+    names = changed(progress["data"], data) if isinstance(progress, dict) and "data" in progress else []
     if names:
         raise UserError(
             f"data: {', '.join(names[:5])} changed since {checkpoint} was written (hashes differ); put the data back, "
@@ -319,49 +319,6 @@ def _check_choice(arguments: TrainingArguments, task: Task, measured: Iterable[s
     if metric not in known:
         near = did_you_mean(metric, known) or f"; it is one of {', '.join(known)}"
         raise UserError(f"train.metric_for_best_model: {task.name} does not measure {metric!r}{near}")
-
-
-@room_in_cache()
-def encoded(
-    rows: Dataset, recipe: Recipe, task: Task, processor: Processor, seed: int, training: bool = False
-) -> tuple[Any, str]:
-    """The rows as `Task.collate` takes them, with their numbers in the data; and what was counted, in words."""
-    encode = task.encode(processor, recipe.task)
-    verb = "Tokenising" if task.processor == "tokenizer" else "Reading images"
-    kept = cached(rows, task, recipe.task, processor) if task.processor == "tokenizer" else {}
-    found = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=verb, **kept)
-    words = [task.counts(found, len(rows), recipe.task)]
-    if "label" in rows.column_names and hasattr(rows.features["label"], "names"):
-        names, numbers = rows.features["label"].names, list(rows["label"])
-        words.append("labels " + ", ".join(f"{name} {numbers.count(n):,}" for n, name in enumerate(names)))
-    lengths = list(found["tokens"]) if recipe.task.packing and training else None
-    found = found.remove_columns([name for name in COUNTED if name in found.column_names])
-    if not found.column_names:
-        # images were looked at only: they go to the batches as they are
-        found = rows.rename_column("label", "labels") if "label" in rows.column_names else rows
-    if lengths is not None:
-        packed = PackedRows(found, lengths, recipe.task.max_length)
-        return packed, "; ".join([*words, packed.note])
-    drawn = task.draws == "all" or (task.draws is not None and training)
-    return WithDraws(found, seed, task.others) if drawn else found, "; ".join(words)
-
-
-def stream(unread: Unread, recipe: Recipe, task: Task, processor: Processor, seed: int) -> Stream:
-    """The same of rows that are read while they are learned."""
-    encode = task.encode(processor, recipe.task)
-
-    def samples(rows: Dataset) -> dict[str, list]:
-        columns = rows.to_dict()
-        if task.processor == "image_processor":
-            return {"labels" if name == "label" else name: values for name, values in columns.items()}
-        return {name: values for name, values in encode(columns).items() if name not in COUNTED}
-
-    return Stream(unread, samples, seed, task.others)
-
-
-def by_rows(task: Task, recipe: Recipe, prediction: EvalPrediction, rows: Any) -> EvalPrediction:
-    """One prediction a row, where rows were encoded as several."""
-    return prediction if task.pool is None else task.pool(recipe.task, prediction, rows)
 
 
 def build_trainer(

@@ -27,6 +27,7 @@ from transformers import TrainerCallback, set_seed
 
 from zoo.bench.settings import Setting
 from zoo.data import load_splits
+from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.loading import fit_images, load_model, load_processor
 from zoo.memory import peak_memory_bytes
@@ -35,7 +36,7 @@ from zoo.recipe import Recipe
 from zoo.samples import WithDraws
 from zoo.size_counts import layers, max_length
 from zoo.tasks import task_of
-from zoo.train import build_trainer, encoded, training_arguments
+from zoo.train import build_trainer, training_arguments
 from zoo.trainer import ZooTrainer
 
 SIDES = ("native", "official")

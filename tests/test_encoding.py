@@ -5,9 +5,9 @@ import pytest
 from tests.conftest import read_r8, write_csv
 from tests.test_runs import recipe
 from zoo.data import load_splits
+from zoo.encoding import encoded
 from zoo.loading import load_processor
 from zoo.tasks import task_of
-from zoo.train import encoded
 
 
 @pytest.fixture
