@@ -395,6 +395,8 @@ def baseline(
         quiet_libraries()
         from zoo.baselines import run
 
+        _check_split(split)
+
         found = run(loaded, split)
         if as_json:
             print(json_line(found), file=answer)

@@ -105,9 +105,41 @@ def test_the_command(tmp_path):
     status, out, _ = zoo("baseline", "vit/train-digits", "--json", cwd=tmp_path)
     assert status == 0 and set(json.loads(out)) == {"the largest class", "logistic regression of pixels"}
     status, out, err = zoo(
-        "baseline", "bert/finetune-topics", "task={}", "task={type: fill-mask}", "data.columns={}",
-        "data.columns={text: Text}", "train.metric_for_best_model=loss", cwd=tmp_path,
-    )  # fmt: skip
-    assert status == 2 and "fill-mask has none" in err
+        "baseline", "bert/finetune-topics", "task.problem_type=multi_label_classification", cwd=tmp_path
+    )
+    assert status == 2 and "text-classification has none" in err
+    status, out, err = zoo("baseline", "vit/train-digits", "--split", "tset", cwd=tmp_path)
+    assert status == 2 and "--split tset: it is one of train, validation, test" in err
     with pytest.raises(UserError, match="the data has no such split"):
         run(load_recipe("vit/train-digits", ["data.test=null"]))
+
+
+def test_the_usual_tag(tiny_bert, tmp_path):
+    train = [{"tokens": ["Rome", "fell", "again"], "tags": ["B-place", "O", "O"]}] * 3
+    train += [{"tokens": ["Rome"], "tags": ["O"]}]
+    test = [
+        {"tokens": ["Rome", "rose"], "tags": ["B-place", "O"]},
+        {"tokens": ["Bonn", "fell"], "tags": ["B-place", "O"]},
+    ]
+    for name, rows in (("train", train), ("validation", test), ("test", test)):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    files = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
+    fields = {"name": "r", "model": {"path": str(tiny_bert)}, "task": {"type": "token-classification"}}
+    found = run(Recipe.model_validate(fields | {"data": {"path": str(tmp_path), "files": files}}))
+    # Rome is a place more often than not; Bonn is unknown, and most words are none
+    assert found == {
+        "the usual tag of each word": {"accuracy": 0.75, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
+    }
+
+
+def test_the_most_frequent_token(tiny_bert, tmp_path):
+    texts = [text for text, _ in read_r8("train", 30)]
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+    write_jsonl(tmp_path / "test.jsonl", [{"text": text} for text in texts[:5]])
+    files = {"train": "train.jsonl", "test": "test.jsonl"}
+    fields = {"name": "r", "model": {"path": str(tiny_bert)}, "data": {"path": str(tmp_path), "files": files}}
+    found = run(Recipe.model_validate(fields | {"task": {"type": "fill-mask"}}))["the most frequent token"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    asked = [one for text in texts[:5] for one in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert found["accuracy"] == pytest.approx(max(Counter(asked).values()) / len(asked), abs=0.03)
+    assert 20 < found["perplexity"] < len(tokenizer)

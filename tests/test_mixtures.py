@@ -118,3 +118,15 @@ def test_images_alike(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     splits = load(roles=("image", "label"), path=str(tmp_path / "rows.jsonl"), deduplicate="exact", validation=1)
     assert "data.deduplicate: 3 of 5 train rows left out (exact duplicates)" in splits.notes
+
+
+def test_nothing_left_is_refused_and_test_rows_are_the_same_for_each_seed(tmp_path):
+    rows = [(f"text {n}", "ab"[n % 2]) for n in range(60)]
+    write_csv(tmp_path / "train.csv", rows)
+    files = {"train": "train.csv", "validation": "train.csv"}
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        load(path=str(tmp_path), files=files, deduplicate="exact")
+    first, second = (load(seed, path=str(tmp_path / "train.csv"), limit=30, test=6, validation=4) for seed in (1, 2))
+    assert list(first.test["row"]) == list(second.test["row"])
+    assert {*first.validation["row"]} != {*second.validation["row"]}
+    assert first.train.num_rows == 20

@@ -6,6 +6,7 @@ from itertools import islice
 import datasets
 import pytest
 
+import zoo.evaluation
 from tests.conftest import read_r8
 from tests.test_runs import recipe, write_jsonl
 from tests.tiny_run import differing, events, weights
@@ -74,7 +75,7 @@ def test_it_goes_on_anywhere(shards, weights_):
 def test_another_text_is_of_another_row(shards):
     for sample in islice(stream(opened(shards), others=True), 200):
         assert sample["other"]["row"] != sample["row"]
-    with pytest.raises(UserError, match=r"is the only text of its block; set a larger data\.buffer_size"):
+    with pytest.raises(UserError, match="none of the 123 rows of train makes a sample"):
         next(iter(stream(opened(shards, buffer_size=1), others=True)))
 
 
@@ -90,6 +91,32 @@ def test_limit_and_labels(tmp_path):
     write_jsonl(tmp_path / "words.jsonl", [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)])
     with pytest.raises(UserError, match="a stream is not read for its labels; declare them as a ClassLabel"):
         opened(tmp_path / "words.jsonl", ("text", "label"), "class")
+
+
+@pytest.mark.parametrize("kind", ["class", "number"])
+def test_blocks_that_are_held_out_or_have_one_label(tmp_path, kind):
+    rows = [{"text": f"text {n}", "label": int(n > 14) if kind == "class" else n / 2} for n in range(22)]
+    data = datasets.Dataset.from_list(rows)
+    if kind == "class":
+        data = data.cast_column("label", datasets.ClassLabel(names=["low", "high"]))
+    data.to_parquet(tmp_path / "train.parquet")
+    splits = opened(tmp_path, ("text", "label"), kind, format="parquet", validation=10, buffer_size=3)
+    samples = list(islice(stream(splits), 24))
+    assert {sample["text"] for sample in samples[:12]} == {f"text {n}" for n in range(10, 22)}
+    assert splits.train.first(3)["text"] == ["text 10", "text 11", "text 12"], "what is held out is not train"
+
+
+def test_the_first_rows_of_a_mixture_are_of_all_its_parts(shards):
+    parts = [{"path": str(shards), "format": "json", "weight": weight} for weight in (0.3333333, 0.3333333, 0.3333333)]
+    splits = opened(shards, path=None, format=None, mixture=parts)
+    assert splits.train.first(9).num_rows == 9 and sum(splits.train.weights) == pytest.approx(1)
+    assert len(list(islice(stream(splits), 20))) == 20
+
+
+def test_a_text_that_is_alone_is_left_out_of_pairs(shards):
+    # 40 rows of the first file, 5 of them held out, in blocks of 17 and 1
+    samples = list(islice(stream(opened(shards, files={"train": "train-0.jsonl"}, buffer_size=39), others=True), 90))
+    assert all(sample["other"]["row"] != sample["row"] for sample in samples)
 
 
 def test_bad_rows_and_ends(tmp_path, capsys):
@@ -155,3 +182,8 @@ def test_a_run_on_a_stream_goes_on_as_if_nothing_had_happened(tiny_bert, tmp_pat
     train.run(made, tmp_path / "cut", resume=True)
     assert differing(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == []
     assert events(tmp_path / "whole", "train") == events(tmp_path / "cut", "train")
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": text} for text in texts[:6]])
+    found = zoo.evaluation.run(tmp_path / "whole", "test", data=str(other))
+    assert found["test_loss"] > 0
+    with pytest.raises(UserError, match="this wants all rows of train at once"):
+        zoo.evaluation.run(tmp_path / "whole", "train")

@@ -94,7 +94,10 @@ def test_a_run_learns_its_own_and_keeps_it(texts, tmp_path, capsys):
     }
     data = {"path": str(texts), "columns": {"text": "text"}, "validation": 20}
     made = Recipe.model_validate(recipe("x", {"type": "fill-mask"}, data).model_dump() | {"model": model})
-    train.run(made, tmp_path / "run")
+    with pytest.raises(UserError, match=r"task\.max_length: 4000, but the model has 512 positions"):
+        too_long = made.model_copy(update={"task": made.task.model_copy(update={"max_length": 4000})})
+        train.run(too_long, tmp_path / "run")
+    train.run(made, tmp_path / "run")  # what was refused has left nothing behind
     kept = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "tokenizer")
     finished = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert finished.get_vocab() == kept.get_vocab() and 300 < len(finished) <= 600

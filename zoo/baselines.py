@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from math import log
+from itertools import chain, pairwise
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from zoo.errors import UserError
 from zoo.images import open_image
 from zoo.loading import fit_images, load_model, load_processor
 from zoo.recipe import Recipe
-from zoo.tasks import task_of
+from zoo.tasks import spans, task_of
 from zoo.tasks.masked_images import hidden_pixels
 from zoo.tasks.retrieval import ranks, retrieval, text_id
 from zoo.tasks.squad import squad
@@ -153,6 +153,43 @@ def _sentences(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[
     yield "the sentence nearest to the question", squad(gold, nearest)
 
 
+# Tags
+
+
+def _usual_tags(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """Of each word the tag that it has most often in train, and of one that is not there the most frequent tag."""
+    names = splits.labels
+    pairs = Counter(pair for row in splits.rows for pair in zip(row["tokens"], row["tags"], strict=True))
+    usual: dict[str, int] = {}
+    for (word, tag), _ in pairs.most_common():
+        usual.setdefault(word, tag)
+    (often, _), *_ = Counter(tag for row in splits.rows for tag in row["tags"]).most_common(1)
+    gold = [[names[tag] for tag in tags] for tags in rows["tags"]]
+    predicted = [[names[usual.get(word, often)] for word in words] for words in rows["tokens"]]
+    right = [one == other for row in zip(gold, predicted, strict=True) for one, other in zip(*row, strict=True)]
+    found = spans.scores(gold, predicted)[""]
+    measured = {name: found[name] for name in ("precision", "recall", "f1")}
+    yield "the usual tag of each word", {"accuracy": float(np.mean(right)), **measured}
+
+
+# Hidden tokens
+
+
+def _frequent(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
+    """By how often each token comes in train, of any token of the texts; which of them a run hides is no matter."""
+    tokenizer: Any = processor_for(recipe.model, "tokenizer", splits)
+    train, asked = (
+        Counter(
+            chain.from_iterable(tokenizer(list(part["text"]), add_special_tokens=False, verbose=False)["input_ids"])
+        )
+        for part in (splits.rows, rows)
+    )
+    total, count = sum(train.values()) + len(tokenizer), sum(asked.values())
+    nats = -sum(times * log((train[token] + 1) / total) for token, times in asked.items()) / count
+    often = train.most_common(1)[0][0]
+    yield "the most frequent token", {"accuracy": asked[often] / count, "perplexity": exp(nats)}
+
+
 # Next tokens
 
 
@@ -241,6 +278,11 @@ _OTHERS: dict[str, Callable[..., Iterator[tuple[str, dict[str, float]]]]] = {
     "multiple-choice": _choices,
     "summarization": _leads,
     "translation": _copies,
+    "token-classification": _usual_tags,
+    "fill-mask": _frequent,
+    "next-sentence-prediction": _frequent,
+    "sentence-order-prediction": _frequent,
+    "span-corruption": _frequent,
     "text-generation": _tokens,
     "masked-image-modeling": _hidden,
 }

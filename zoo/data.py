@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, LargeList, List
 
 from zoo.data_sections import DataSection, PartSection
 from zoo.duplicates import Parts, deduplicated, overlaps
@@ -67,7 +67,7 @@ def load_splits(
         names = labels if labels is not None else kind.names(datasets.concatenate_datasets(train))
         parts = [{name: kind.numbered(rows, name, names) for name, rows in splits.items()} for splits in parts]
     if section.limit is not None:
-        parts = [{name: _limited(rows, section.limit, seed) for name, rows in splits.items()} for splits in parts]
+        parts = [{name: _limited(rows, section.limit) for name, rows in splits.items()} for splits in parts]
         notes.append(f"data.limit: {section.limit} rows of each split")
     if section.deduplicate is not None:
         parts, note = deduplicated(parts, section.deduplicate, section.similarity)
@@ -75,6 +75,8 @@ def load_splits(
     by_label = kind is not None and kind.in_proportion
     for splits in parts:
         notes += _held_out(splits, section, seed, by_label)
+    if kind is not None and not kind.learned:
+        parts = [{name: _without(rows, kind.role) for name, rows in splits.items()} for splits in parts]
     together, mixed = _together(parts, section, seed)
     notes += [*mixed, *overlaps(together)]
     return Splits(together.get("train"), together.get("validation"), together.get("test"), names, notes)
@@ -97,8 +99,13 @@ def _part(section: PartSection, roles: Sequence[str], trained_on: bool) -> Parts
     return found
 
 
-def _limited(rows: Dataset, limit: int, seed: int) -> Dataset:
-    return rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
+def _without(rows: Dataset, column: str) -> Dataset:
+    return rows.remove_columns(column) if column in rows.column_names else rows
+
+
+def _limited(rows: Dataset, limit: int) -> Dataset:
+    # for each seed the same, so that runs can be compared
+    return rows.shuffle(seed=TEST_SEED).select(range(min(limit, len(rows))))
 
 
 def _held_out(splits: Parts, section: DataSection, seed: int, by_label: bool) -> list[str]:
@@ -146,6 +153,8 @@ def _streamed(
 
 def _alike(parts: Sequence[Parts]) -> list[Parts]:
     """With columns of the same kinds; a reader's strings are large or not. Raises UserError where sources differ."""
+    if len(parts) == 1:
+        return list(parts)
     wanted = next(iter(parts[0].values())).features
     found = []
     for number, splits in enumerate(parts):
@@ -165,7 +174,11 @@ def _alike(parts: Sequence[Parts]) -> list[Parts]:
 
 
 def _kind(feature: Any) -> str:
-    return repr(feature).replace("large_", "").replace("Large", "")
+    if isinstance(feature, dict):
+        return repr(sorted((name, _kind(inside)) for name, inside in feature.items()))
+    if isinstance(feature, List | LargeList):
+        return f"list of {_kind(feature.feature)}"
+    return repr(feature).replace("large_", "")
 
 
 def _together(parts: Sequence[Parts], section: DataSection, seed: int) -> tuple[Parts, list[str]]:
@@ -178,12 +191,9 @@ def _together(parts: Sequence[Parts], section: DataSection, seed: int) -> tuple[
         if some:
             found[name] = _numbered_anew(datasets.concatenate_datasets(some))
     train = [splits["train"].add_column("part", [n] * len(splits["train"])) for n, splits in enumerate(parts)]
-    mixed = datasets.interleave_datasets(
-        train,
-        [part.weight for part in section.parts],
-        seed,
-        stopping_strategy=section.stopping_strategy or "all_exhausted",
-    )
+    total = sum(part.weight for part in section.parts)
+    weights, ends = [part.weight / total for part in section.parts], section.stopping_strategy or "all_exhausted"
+    mixed = datasets.interleave_datasets(train, weights, seed, stopping_strategy=ends)
     drawn = np.bincount(mixed["part"], minlength=len(parts))
     notes = [
         f"mixture: {drawn[n]:,} rows ({drawn[n] / len(mixed):.1%}) of the {len(rows):,} of {section.parts[n].path}"

@@ -98,7 +98,7 @@ class DataSection(SourceSection):
     `validation` and `test` are the shares of train, or the numbers of its rows, held out where there is no such split:
     those of test are the same rows for each seed. `limit`: rows of each split. `stopping_strategy`: a mixture ends with
     its first source, or with its last, the others being repeated. `deduplicate`: leaves out of train what stands there
-    already, or in another split: texts alike but for case, space and marks, or all whose word 5-grams have a Jaccard
+    already, or in another split: texts alike but for case and space, or all whose word 5-grams have a Jaccard
     `similarity` (0.8). `streaming`: train is read while it is learned, over and over, and in blocks of `buffer_size`
     rows that are shuffled; of the other splits as many rows are read as `validation` and `test` say.
     """
@@ -145,8 +145,13 @@ class DataSection(SourceSection):
         for key, why in (
             ("deduplicate", "a stream is not held in memory; deduplicate it beforehand"),
             ("stopping_strategy", "the parts of a stream begin again, each by itself"),
-            ("pixels", "a stream has no columns of pixels"),
-            ("derive", "a stream gives its rows as they are; derive them beforehand"),
         ):
             if getattr(self, key) is not None:
                 yield (key,), f"{why}; remove the key"
+        sources: list[tuple[Keys, SourceSection]] = [((), self)]
+        sources += [(("mixture", number), part) for number, part in enumerate(self.mixture)]
+        for keys, source in sources:
+            if source.pixels is not None:
+                yield (*keys, "pixels"), "a stream has no columns of pixels; remove the key"
+            if source.derive is not None:
+                yield (*keys, "derive"), "a stream gives its rows as they are; derive them beforehand"

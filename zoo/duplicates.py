@@ -11,6 +11,8 @@ from datasets import Dataset
 from datasketch import MinHash, MinHashLSH
 from tqdm import tqdm
 
+from zoo.errors import UserError
+
 # of a row these are what is learned; the other columns are what is read
 LEARNED = ("label", "tags", "summary", "translation", "completion", "answers")
 SHOW_BAR_AFTER_SECONDS = 2
@@ -32,13 +34,21 @@ def digests(rows: Dataset) -> Iterator[bytes]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-        content = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+        content = value["bytes"] if value["bytes"] is not None else _content(str(value["path"]))
         return blake2b(content, digest_size=16).hexdigest()
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_plain(one) for one in value]
     return " ".join(value.casefold().split()) if isinstance(value, str) else value
+
+
+def _content(path: str) -> bytes:
+    """Of an image's file; of one that is not here, or cannot be read, which is said where it is opened, its name."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return path.encode()
 
 
 def overlaps(splits: Parts) -> list[str]:
@@ -73,6 +83,8 @@ def deduplicated(parts: Sequence[Parts], kind: str, similarity: float | None) ->
             keys = _bar(seen.keys(rows), len(rows), "Finding duplicates")
             splits = splits | {"train": rows.select([n for n, one in enumerate(keys) if seen.is_new(one)])}
         found.append(splits)
+    if any("train" in splits and not len(splits["train"]) for splits in found):
+        raise UserError("data.deduplicate: all rows of train stand in another split too; nothing is left to train on")
     left = sum(len(splits["train"]) for splits in found if "train" in splits)
     return found, f"data.deduplicate: {before - left:,} of {before:,} train rows left out ({kind} duplicates)"
 

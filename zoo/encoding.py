@@ -5,15 +5,18 @@ wherever its data lie, and one letter of difference is another hash.
 """
 
 import hashlib
-import inspect
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import transformers
 from datasets import Dataset
 from transformers import EvalPrediction
 
+from zoo import tasks
 from zoo.errors import RunError
 from zoo.loading import Processor
 from zoo.packed_rows import PackedRows
@@ -23,7 +26,7 @@ from zoo.samples import WithDraws
 from zoo.sections import TaskSection
 from zoo.sources import cache_home
 from zoo.streaming import Stream, Unread
-from zoo.tasks import COUNTED, Task, base
+from zoo.tasks import COUNTED, Task
 
 
 def encoded(
@@ -37,8 +40,8 @@ def encoded(
         found = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=verb, **kept)
     words = [task.counts(found, len(rows), recipe.task)]
     if "label" in rows.column_names and hasattr(rows.features["label"], "names"):
-        names, numbers = rows.features["label"].names, list(rows["label"])
-        words.append("labels " + ", ".join(f"{name} {numbers.count(n):,}" for n, name in enumerate(names)))
+        names, counts = rows.features["label"].names, Counter(rows["label"])
+        words.append("labels " + ", ".join(f"{name} {counts[n]:,}" for n, name in enumerate(names)))
     lengths = list(found["tokens"]) if recipe.task.packing and training else None
     found = found.remove_columns([name for name in COUNTED if name in found.column_names])
     if not found.column_names:
@@ -93,8 +96,11 @@ def _parts(rows: Dataset, task: Task, section: TaskSection, tokenizer: Any) -> I
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     sides = (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.chat_template)
     yield json.dumps([state, sides, tokenizer.special_tokens_map], sort_keys=True, default=str).encode()
-    for code in sorted({inspect.getfile(task.encode), base.__file__}):
-        yield Path(code).read_bytes()
+    # what it calls is there, and in the libraries
+    package = Path(tasks.__file__).parent
+    for code in (*sorted(package.glob("*.py")), *(package.parent / f"{name}.py" for name in ("chats", "task_types"))):
+        yield code.read_bytes()
+    yield f"{transformers.__version__} {tokenizers.__version__}".encode()
     yield repr(rows.features).encode()
     for table in rows.with_format("arrow").iter(batch_size=1000):
         for batch in table.combine_chunks().to_batches():

@@ -59,7 +59,7 @@ def run(
         splits = load_splits(recipe.data, task.roles, arguments.seed, finished.labels, task.labels)
         for note in splits.notes:
             print(note)
-        rows = getattr(splits, split)
+        rows = splits.rows if split == "train" and splits.train is not None else getattr(splits, split)
         if rows is None:
             raise UserError(f"--split {split}: the data of {directory} has no such split")
         encoded_rows, note = encoded(rows, recipe, task, finished.processor, arguments.seed)
@@ -74,7 +74,8 @@ def _other_data(data: str, split: str) -> list[str]:
     return [
         f"data.path={json.dumps(data)}",
         *("data.files={}", "data.options={}", "data.format=null", "data.name=null", "data.revision=null"),
-        *("data.limit=null", "data.test=null"),
+        *("data.limit=null", "data.test=null", "data.streaming=false", "data.buffer_size=null", "data.mixture=[]"),
+        "data.stopping_strategy=null",
         f"data.splits={json.dumps(splits)}",
     ]
 

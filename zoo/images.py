@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from zoo.data_sections import Pixels
@@ -25,6 +26,8 @@ def open_image(value: Any, where: str) -> Image.Image:
     """
     if isinstance(value, dict):
         value = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str) and "://" in value:
+        value = xopen(value, "rb")  # of a stream
     if value is None:
         raise UserError(f"{where}: there is no image; remove the row")
     try:

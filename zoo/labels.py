@@ -19,7 +19,7 @@ class LabelKind:
     """names: of the classes in train, in order. numbered: rows of a split with labels as a model reads them.
 
     role: the column. in_proportion: rows are held out so that each label keeps its share. declared: names that need no
-    look at the data.
+    look at the data. learned: by the model; otherwise the column only says how rows are held out.
     """
 
     role: str
@@ -27,6 +27,7 @@ class LabelKind:
     numbered: Callable[[Dataset, str, list[str]], Dataset]
     in_proportion: bool = False
     declared: list[str] | None = None
+    learned: bool = True
 
 
 def _is_missing(feature: Any, label: Any) -> bool:
@@ -268,7 +269,7 @@ def _choice_numbers(rows: Dataset, split: str, names: list[str]) -> Dataset:
 
 LABEL_KINDS: dict[str, LabelKind] = {
     "class": LabelKind("label", _class_names, _class_numbers, in_proportion=True),
-    "beside": LabelKind("label", lambda train: [], _beside_numbers, in_proportion=True, declared=[]),
+    "beside": LabelKind("label", lambda train: [], _beside_numbers, in_proportion=True, declared=[], learned=False),
     "classes": LabelKind("label", _classes_names, _classes_numbers),
     "number": LabelKind("label", _numeric_names, _numeric, declared=ONE_OUTPUT),
     "tags": LabelKind("tags", _tag_names, _tag_numbers),

@@ -75,7 +75,7 @@ def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
 
 def _rows(finished: Finished, file: Path) -> list[dict[str, Any]]:
     rows = read_rows(file)
-    named = {str(role): name for role, name in finished.recipe.data.columns.items()}
+    named = {str(role): name for part in finished.recipe.data.parts for role, name in part.columns.items()}
     first, wanted = finished.task.asked[0], {}
     if any({role, named.get(role, role)}.isdisjoint(rows.column_names) for role in finished.task.asked):
         # a column within another has a name such as choices.text

@@ -98,6 +98,8 @@ def read_rows(file: Path) -> Dataset:
 
 def _loading_arguments(section: SourceSection, source: Source) -> dict[str, Any]:
     files: Any
+    if source.kind == "hub" and section.format is not None:
+        raise UserError("data.format: a data set of a hub says itself what it is; remove the key")
     if source.kind == "hub":
         files = {"data_files": dict(section.files)} if section.files else {}
         hub = {"path": str(source.location), "name": section.name, "revision": source.revision}
@@ -110,7 +112,7 @@ def _loading_arguments(section: SourceSection, source: Source) -> dict[str, Any]
         files, suffixes = {"train": str(location)}, {location.suffix.lower()}
     elif section.format is None:
         # a directory laid out as the datasets library expects it
-        return {"path": str(location), **section.options}
+        return {"path": str(location), "name": section.name, **section.options}
     else:
         files, suffixes = None, set()
     builders = {_BUILDERS.get(suffix) for suffix in suffixes}

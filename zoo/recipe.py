@@ -78,13 +78,23 @@ class Recipe(Section):
             yield from self._stream_contradictions()
 
     def _stream_contradictions(self) -> Iterator[tuple[Keys, str]]:
-        if self.train.get("max_steps", -1) <= 0:
+        steps = self.train.get("max_steps", -1)
+        # of another type the library's section says what is wrong
+        if steps is None or (isinstance(steps, int) and steps <= 0):
             yield ("train", "max_steps"), "required with data.streaming: a stream has no end of its own"
         if self.train.get("dataloader_num_workers", 0):
             text = "a stream is read ahead by a thread of its own, so that a run can go on where it was; remove the key"
             yield ("train", "dataloader_num_workers"), text
         if self.train.get("train_sampling_strategy", "random") != "random":
             yield ("train", "train_sampling_strategy"), "a stream comes in blocks that are shuffled; remove the key"
+        for key in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if self.train.get(key) == "epoch":
+                yield ("train", key), "a stream has no epochs; write steps"
+        for key in ("ignore_data_skip", "data_seed"):
+            if key in self.train:
+                yield ("train", key), "a stream goes on where it was, in an order by train.seed; remove the key"
+        if self.finetune.gradual_unfreezing == "epoch":
+            yield ("finetune", "gradual_unfreezing"), "a stream has no epochs; give a number of steps"
         if self.task.class_weights is not None:
             yield ("task", "class_weights"), "of a stream it is not known how often a class comes; remove the key"
         if self.task.packing:
@@ -135,6 +145,9 @@ class Recipe(Section):
         goes on from that.
         """
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
+        for key in ("validation", "test"):
+            if isinstance(getattr(data, key), int):
+                data = data.model_copy(update={key: min(getattr(data, key), 16)})
         length = min(self.task.max_length, TASK_TYPES[self.task.type].smoke_length)
         stride = None if self.task.stride is None else min(self.task.stride, length // 4)
         lengths = {"max_length": length, "stride": stride}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, LargeList, List
+from datasets import ClassLabel, Dataset, LargeList, List
 
 from zoo.chats import chat_fault
 from zoo.data_sections import SourceSection
@@ -90,6 +90,8 @@ def filled(rows: Dataset, roles: Sequence[str]) -> Dataset:
     kept = set(range(len(rows)))
     for role in roles:
         values = rows[role]
+        if isinstance(rows.features[role], ClassLabel):
+            values = [None if value == -1 else value for value in values]
         kept -= {n for n, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())}
     return rows if len(kept) == len(rows) else rows.select(sorted(kept))
 

@@ -24,6 +24,7 @@ from zoo.reading import UNREADABLE, folder_of, named, read, unreadable
 from zoo.roles import by_role
 
 BUFFER_SIZE = 1000
+STREAM = "train (streamed)"
 MARKS = 10_000  # of the newest blocks, which is more than a loader reads ahead
 
 Samples = list[dict[str, Any]]
@@ -32,12 +33,14 @@ Place = dict[str, Any]  # where a block begins: pass, shard, rows before it in t
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a stream. held_out: digests of the rows that another split has."""
+    """One source of a stream. held_out: digests of the rows that another split has; begin: how many of them train
+    begins with."""
 
     section: PartSection
     rows: IterableDataset
     folder: Path
     held_out: frozenset[bytes]
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Unread:
 
     @property
     def weights(self) -> list[float]:
-        return [source.section.weight for source in self.sources]
+        total = sum(source.section.weight for source in self.sources)
+        return [source.section.weight / total for source in self.sources]
 
     def read(self, source: Source, block: Samples, first: int) -> Dataset:
         """Rows as `load_splits` has them, without those that are held out."""
@@ -67,12 +71,20 @@ class Unread:
         rows = by_role(rows, "train", source.section, self.roles, source.folder, first)
         if source.held_out:
             rows = rows.select([n for n, one in enumerate(digests(rows)) if one not in source.held_out])
-        return rows if self.kind is None else self.kind.numbered(rows, "train", self.labels)
+        # a split of another name: what a whole train must have, such as two labels, a block need not
+        return rows if self.kind is None or not len(rows) else self.kind.numbered(rows, STREAM, self.labels)
 
     def first(self, rows: int) -> Dataset:
-        """So many rows of the first source, in its own order."""
-        source = self.sources[0]
-        return self.read(source, list(source.rows.take(rows)), 0)
+        """So many rows, of each source by its weight, in its own order; fewer where there are no more."""
+        found: list[Dataset] = []
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            wanted, read, kept = max(1, round(rows * weight)), iter(source.rows), 0
+            begin = 0
+            while kept < wanted and (block := list(islice(read, self.buffer_size))):
+                part = self.read(source, block, begin)
+                found.append(part.select(range(min(len(part), wanted - kept))))
+                kept, begin = kept + len(found[-1]), begin + len(block)
+        return datasets.concatenate_datasets([part for part in found if len(part)] or found[:1])
 
 
 def open_source(section: PartSection, roles: Sequence[str], wanted: Mapping[str, int]) -> tuple[Source, Parts]:
@@ -93,11 +105,13 @@ def open_source(section: PartSection, roles: Sequence[str], wanted: Mapping[str,
             begin += 0 if name in opened else count_
             features = opened.get(name, train).features
             found[name] = by_role(Dataset.from_list(rows, features=features), name, section, roles, folder)
+            if not len(found[name]):
+                raise UserError(f"data {section.path}: no row of {name} has a value for each of {', '.join(roles)}")
             print(f"{name}: {len(rows):,} rows of the beginning of {ours.get(name, ours['train'])}")
     except UNREADABLE as error:
         raise unreadable(section, error) from error
     held_out = frozenset(one for rows in found.values() for one in digests(rows))
-    return Source(section, train, folder, held_out), found
+    return Source(section, train, folder, held_out, begin), found
 
 
 def _with_columns(rows: IterableDataset) -> IterableDataset:
@@ -189,12 +203,13 @@ class Stream(torch.utils.data.IterableDataset):
         """(where it begins, its samples) of each block of a source, shard by shard, from `place` on."""
         source, place = self.unread.sources[number], dict(place)
         where, limit = f"data {source.section.path}", self.unread.limit
-        # rows that are held out count for none of train's
-        limit = None if limit is None else limit + len(source.held_out)
+        limit = None if limit is None else limit + source.begin
         shards = source.rows.num_shards
         while True:
             whole, made = place["rows"] == 0, 0
             order = np.random.default_rng([self.seed, 4, place["pass"], number]).permutation(shards)
+            # the same rows in each pass
+            order = order if limit is None else np.arange(shards)
             while place["shard"] < shards and (limit is None or place["rows"] < limit):
                 shard = source.rows.shard(shards, int(order[place["shard"]]))
                 if place["state"] is not None:
@@ -231,9 +246,8 @@ class Stream(torch.utils.data.IterableDataset):
             piece = [sample["piece"]] if "piece" in sample else []
             sample["draw"] = [self.seed, place["pass"], number, sample["row"], *piece]
         if self.others:
-            if len(set(columns["row"])) < 2 and samples:
-                text = f"row {samples[0]['row']} is the only text of its block; set a larger data.buffer_size"
-                raise UserError(f"data {source.section.path}: {text}")
+            if len(set(columns["row"])) < 2:
+                return []  # a text alone has no other
             samples = [sample | {"other": _other(samples, sample)} for sample in samples]
         return [samples[n] for n in order.permutation(len(samples))]
 

@@ -9,7 +9,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,16 @@ LEARNED = ("label", "tags", "row")
 def processor_for(section: ModelSection, kind: str, splits: Splits, kept: Path | None = None) -> Processor:
     """What makes a model's inputs: the checkpoint's own, or a tokenizer that is learned from train.
 
-    kept: where the tokenizer stands that a run has learned before, or will stand.
+    kept: where the tokenizer stands that a run has learned before, if it has.
     """
     wanted = section.tokenizer
-    if not isinstance(wanted, TokenizerSection) or kind != "tokenizer":
+    if isinstance(wanted, TokenizerSection) and kind != "tokenizer":
+        raise UserError("model.tokenizer: images have none; remove the key")
+    if not isinstance(wanted, TokenizerSection):
         return load_processor(section, kind)
     if kept is not None and kept.is_dir():
         return load_processor(section.model_copy(update={"tokenizer": str(kept)}), kind)
     tokenizer = learned(wanted, splits.train)
-    if kept is not None:
-        save(tokenizer, kept)
     complete(tokenizer, section.added_tokens)
     return tokenizer
 
@@ -66,13 +65,17 @@ def learned(section: TokenizerSection, rows: Dataset | Unread | None) -> PreTrai
         if section.rows is None:
             raise UserError("model.tokenizer.rows: required with data.streaming: so many rows are read for it")
         rows = rows.first(section.rows)
+    if section.rows is not None:
+        rows = rows.select(range(min(section.rows, len(rows))))
     made = CLASSES[section.type]
     known = [name for name in inspect.signature(made).parameters if name not in ("vocab", "merges", "kwargs")]
     for name in section.options:
         if name not in known:
             near = did_you_mean(name, known)
             raise UserError(f"model.tokenizer.options.{name}: {made.__name__} has no such option{near}")
-    texts = list(islice(_texts(rows), section.rows))
+    texts = list(_texts(rows))
+    if not texts:
+        raise UserError("model.tokenizer: train has no text to learn it from")
     blank: Any = made(**section.options)
     size = section.vocab_size - (len(BYTES) if section.byte_fallback else 0)
     least = len(blank) + (256 if section.type in ("gpt2", "roberta") else 1)
@@ -145,8 +148,9 @@ def _with_bytes(tokenizer: Any) -> PreTrainedTokenizerBase:
     )
 
 
-def save(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save(tokenizer: Processor, directory: Path) -> None:
     """Whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
     started = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(started, ignore_errors=True)
     tokenizer.save_pretrained(started)
@@ -165,6 +169,8 @@ def run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     if output_dir.exists():
         raise UserError(f"--output-dir {output_dir}: is there already; delete it, or choose another directory")
     task = task_of(recipe.task)
+    if task.processor != "tokenizer":
+        raise UserError(f"model.tokenizer: {task.name} reads no text")
     splits = load_splits(recipe.data, task.roles, recipe.train.get("seed", 42), kind=task.labels)
     for note in splits.notes:
         print(note)
@@ -173,7 +179,6 @@ def run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     metrics = {"vocab_size": float(len(tokenizer))}
     if splits.validation is not None:
         metrics |= measured(tokenizer, _texts(splits.validation))
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     save(tokenizer, output_dir)
     write_text(output_dir / "recipe.yaml", recipe.to_yaml())
     write_json(output_dir / "metrics.json", metrics)

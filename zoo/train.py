@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from zoo import finetuning, hub
+from zoo import finetuning, hub, tokenizer
 from zoo.card import card
 from zoo.checkpoints import PROGRESS, STATE, newest_complete
 from zoo.data import Splits, load_splits
@@ -39,11 +39,11 @@ from zoo.packed_rows import check_kept_apart
 from zoo.recipe import Recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.samples import WithDraws
+from zoo.sections import TokenizerSection
 from zoo.streaming import Stream, Unread
 from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
 from zoo.tasks import LOWER_IS_BETTER, Task, task_of
 from zoo.tasks.metrics import OURS, all_right, own_metrics
-from zoo.tokenizer import processor_for
 from zoo.trainer import HeadlessTrainer, WritingTrainer, ZooTrainer
 
 CHECKPOINTS = "checkpoints"
@@ -90,7 +90,8 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     splits = load_splits(recipe.data, task.roles, arguments.seed, kind=task.labels)
     for note in splits.notes:
         print(note)
-    processor = processor_for(recipe.model, task.processor, splits, output_dir / CHECKPOINTS / TOKENIZER)
+    kept = output_dir / CHECKPOINTS / TOKENIZER
+    processor = tokenizer.processor_for(recipe.model, task.processor, splits, kept)
     settings = task.prepare(processor)
     model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
     fit_images(model, processor, recipe.task.image_size)
@@ -113,6 +114,9 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     trainer = build_trainer(recipe, task, model, processor, arguments, splits.labels, rows["train"], rows["validation"])
     trainer.data = data_of(recipe.data)
     checkpoint = _claim(recipe, output_dir, arguments)
+    if isinstance(recipe.model.tokenizer, TokenizerSection) and not kept.is_dir():
+        # not before, so that a run that is refused leaves nothing behind
+        tokenizer.save(processor, kept)
     if checkpoint is not None:
         _check_data(checkpoint, trainer.data)
     events = EventLog(output_dir / EVENTS)

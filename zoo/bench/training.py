@@ -146,7 +146,7 @@ class Subject:
         self.processor = load_processor(self.recipe.model, self.task.processor)
         splits = load_splits(self.recipe.data, self.task.roles, 0, kind=self.task.labels)
         self.labels = splits.labels
-        found, _ = encoded(splits.train, self.recipe, self.task, self.processor, 0)
+        found, _ = encoded(splits.rows, self.recipe, self.task, self.processor, 0)
         table = found.rows if isinstance(found, WithDraws) else found
         table = _full_rows(table, self.recipe.task.max_length) if setting.full_rows else table
         self.table = table.remove_columns("row").add_column("row", list(range(len(table))))
