@@ -65,7 +65,7 @@ def learned(section: TokenizerSection, rows: Dataset | Unread | None) -> PreTrai
         if section.rows is None:
             raise UserError("model.tokenizer.rows: required with data.streaming: so many rows are read for it")
         rows = rows.first(section.rows)
-    if section.rows is not None:
+    elif section.rows is not None:
         rows = rows.select(range(min(section.rows, len(rows))))
     made = CLASSES[section.type]
     known = [name for name in inspect.signature(made).parameters if name not in ("vocab", "merges", "kwargs")]
