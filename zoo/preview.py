@@ -103,7 +103,7 @@ def _tokens(ids: torch.Tensor, tokenizer: Any) -> list:
 
 def in_colour(sample: dict[str, Any]) -> Text:
     """For a terminal: what is learned is green, what it was hidden behind red, and what is only read dim."""
-    text = Text(f"row {sample['row']}\n", style="bold")
+    text = Text().append(f"row {sample['row']}\n", style="bold")
     for name, value in sample.items():
         if name == "tokens" and value and isinstance(value[0], list):
             for one in value:
