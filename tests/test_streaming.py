@@ -114,7 +114,7 @@ def test_the_first_rows_of_a_mixture_are_of_all_its_parts(shards):
 
 
 def test_a_text_that_is_alone_is_left_out_of_pairs(shards):
-    # 40 rows of the first file, 5 of them held out, in blocks of 17 and 1
+    # 40 rows, of which the last is a block of its own
     samples = list(islice(stream(opened(shards, files={"train": "train-0.jsonl"}, buffer_size=39), others=True), 90))
     assert all(sample["other"]["row"] != sample["row"] for sample in samples)
 

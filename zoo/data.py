@@ -52,9 +52,8 @@ def load_splits(
 ) -> Splits:
     """Loads, checks and splits the data. Raises UserError naming the split, row and column that are wrong.
 
-    roles: columns the task reads; of these `kind` is the one it learns. seed: decides the rows held out for validation,
-    those kept by `limit`, and the order of a mixture. labels: a trained model's, when its data is read again; without
-    them train's are taken.
+    roles: columns the task reads; of these `kind` is the one it learns. seed: decides the rows held out for validation
+    and the order of a mixture. labels: a trained model's, when its data is read again; without them train's are taken.
     """
     if section.streaming:
         return _streamed(section, roles, seed, labels, kind)

@@ -75,7 +75,7 @@ def by_rows(task: Task, recipe: Recipe, prediction: EvalPrediction, rows: Any) -
 def cached(rows: Dataset, task: Task, section: TaskSection, tokenizer: Any) -> dict[str, Any]:
     """Options of `Dataset.map` that keep and find what it makes of the rows with this task.
 
-    None for a tokenizer that cannot be written down. Raises RunError where nothing can be kept.
+    Nothing for a tokenizer that cannot be written down. Raises RunError where nothing can be kept.
     """
     if not hasattr(tokenizer, "backend_tokenizer"):
         return {}

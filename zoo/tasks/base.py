@@ -148,6 +148,23 @@ def cut(tokenizer: PreTrainedTokenizerBase, section: TaskSection, texts: Sequenc
     return rows
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[int], texts: Sequence[list[int]], length: int) -> Rows:
+    """Each text whole, in pieces of at most `length` tokens; a last one of a single token is left out.
+
+    Returns `input_ids`, the `row` of each, its number there as `piece`, and what is COUNTED.
+    """
+    found: Rows = {name: [] for name in ("input_ids", "row", "piece", "unknown", "tokens")}
+    for row, ids in zip(rows, texts, strict=True):
+        for start in range(0, len(ids) - 1, length):
+            piece = ids[start : start + length]
+            found["input_ids"].append(piece)
+            found["row"].append(row)
+            found["piece"].append(start // length)
+            found["unknown"].append(0 if tokenizer.unk_token_id is None else piece.count(tokenizer.unk_token_id))
+            found["tokens"].append(len(piece))
+    return found
+
+
 def token_counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
     """What `cut` has counted, in words."""
     truncated, unknown, tokens = (sum(encoded[name]) for name in ("truncated", "unknown", "tokens"))

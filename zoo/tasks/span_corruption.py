@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from zoo.errors import UserError
 from zoo.sections import TaskSection
 from zoo.task_types import TASK_TYPES
-from zoo.tasks.base import IGNORED, Collate, Rows, Task, ask_text, check_length, check_padding
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, ask_text, check_length, check_padding, pieces
 from zoo.tasks.fill_mask import likeliest, mask_probability, token_metrics
 from zoo.tasks.text_to_text import Writer
 
@@ -76,18 +76,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
     length = piece_length(section, tokenizer.num_special_tokens_to_add())
 
     def encode(rows: Rows) -> Rows:
-        found: Rows = {name: [] for name in ("input_ids", "row", "piece", "unknown", "tokens")}
         # verbose: of a text that is longer than the model's inputs, which it may be here
         texts = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        for row, ids in zip(rows["row"], texts, strict=True):
-            for start in range(0, len(ids) - 1, length):
-                piece = ids[start : start + length]
-                found["input_ids"].append(piece)
-                found["row"].append(row)
-                found["piece"].append(start // length)
-                found["unknown"].append(0 if tokenizer.unk_token_id is None else piece.count(tokenizer.unk_token_id))
-                found["tokens"].append(len(piece))
-        return found
+        return pieces(tokenizer, rows["row"], texts, length)
 
     return encode
 
@@ -97,8 +88,8 @@ def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
         raise UserError("data: no text has two tokens, so that one of them could be hidden")
     length = max(encoded["tokens"])
     hidden, spans = hidden_counts(section, length)
-    pieces = f"{len(encoded):,} pieces of at most {length} tokens, {hidden} of them hidden in {spans} spans"
-    return f"{texts:,} texts; {pieces}; {sum(encoded['unknown']):,} of {sum(encoded['tokens']):,} tokens unknown"
+    words = f"{len(encoded):,} pieces of at most {length} tokens, {hidden} of them hidden in {spans} spans"
+    return f"{texts:,} texts; {words}; {sum(encoded['unknown']):,} of {sum(encoded['tokens']):,} tokens unknown"
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:

@@ -14,7 +14,7 @@ from zoo.errors import UserError
 from zoo.packed_rows import packed_batch
 from zoo.sections import TaskSection
 from zoo.task_types import TASK_TYPES
-from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, check_padding
+from zoo.tasks.base import IGNORED, Collate, Rows, Task, arrays, check_length, check_padding, pieces
 
 LOSS_METRICS = ("token_loss", "perplexity")
 
@@ -28,20 +28,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
         raise UserError("task.max_length: 1, but a token is learned from those before it; give 2 or more")
 
     def encode(rows: Rows) -> Rows:
-        found: Rows = {name: [] for name in ("input_ids", "attention_mask", "labels", "row", "unknown", "tokens")}
+        end, whole = tokenizer.eos_token_id, []
         # verbose: of a text that is longer than the model's inputs, which it may be here
-        for row, ids in zip(rows["row"], tokenizer(rows["text"], verbose=False)["input_ids"], strict=True):
-            end = tokenizer.eos_token_id
-            whole = ids if end is None or ids[-1:] == [end] else [*ids, end]
-            for start in range(0, max(len(whole) - 1, 0), section.max_length):
-                piece = whole[start : start + section.max_length]
-                found["input_ids"].append(piece)
-                found["attention_mask"].append([1] * len(piece))
-                found["labels"].append([IGNORED, *piece[1:]])
-                found["row"].append(row)
-                found["unknown"].append(0 if tokenizer.unk_token_id is None else piece.count(tokenizer.unk_token_id))
-                found["tokens"].append(len(piece))
-        return found
+        for ids in tokenizer(rows["text"], verbose=False)["input_ids"]:
+            whole.append(ids if end is None or ids[-1:] == [end] else [*ids, end])
+        found = pieces(tokenizer, rows["row"], whole, section.max_length)
+        del found["piece"]  # nothing is drawn
+        masks = {"attention_mask": [[1] * len(ids) for ids in found["input_ids"]]}
+        return found | masks | {"labels": [[IGNORED, *ids[1:]] for ids in found["input_ids"]]}
 
     return encode
 
@@ -50,8 +44,8 @@ def _counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
     if len(encoded) == 0:
         raise UserError("data: no text has two tokens, so that one of them could follow the other")
     unknown, tokens = sum(encoded["unknown"]), sum(encoded["tokens"])
-    pieces = f"{len(encoded):,} pieces of at most {section.max_length} tokens"
-    return f"{texts:,} texts; {pieces}; {unknown:,} of {tokens:,} tokens unknown"
+    words = f"{len(encoded):,} pieces of at most {section.max_length} tokens"
+    return f"{texts:,} texts; {words}; {unknown:,} of {tokens:,} tokens unknown"
 
 
 def collate_next_tokens(tokenizer: PreTrainedTokenizerBase, section: TaskSection) -> Collate:
