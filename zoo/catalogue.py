@@ -16,6 +16,7 @@ from zoo.files import write_text
 from zoo.recipe_loading import shipped_recipes
 from zoo.sizes import SIZES
 from zoo.task_types import TASK_TYPES
+from zoo.variants import variants
 
 _PACKAGE = Path(__file__).parent
 _MODELS = _PACKAGE / "models"
@@ -50,15 +51,8 @@ def models() -> Iterator[dict[str, Any]]:
 
 def attentions() -> Iterator[dict[str, Any]]:
     """Values of `model.attention`, with their parameters in `model.attention_kwargs`."""
-    yield {"name": "full", "summary": "Every token sees every other; causal: those before it.", "parameters": []}
-    tree = _parsed(_MODELS / "masks.py")
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    masks = _assigned(tree, "MASKS")
-    assert isinstance(masks, ast.Dict)
-    for key, value in zip(masks.keys, masks.values, strict=True):
-        function = functions[ast.unparse(value)]
-        parameters = [argument.arg for argument in function.args.kwonlyargs if argument.arg != "causal"]
-        yield {"name": ast.literal_eval(key or value), "summary": _summary(function), "parameters": parameters}
+    for name, variant in variants().items():
+        yield {"name": name, "summary": variant.summary, "parameters": list(variant.parameters)}
 
 
 def tasks() -> Iterator[dict[str, Any]]:
@@ -158,10 +152,6 @@ def _auto_map(text: str) -> dict[str, str]:
 
 def _parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
-
-
-def _summary(node: ast.Module | ast.FunctionDef) -> str:
-    return (ast.get_docstring(node) or "").partition("\n")[0]
 
 
 def _assigned(tree: ast.Module, name: str) -> ast.expr:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from zoo.errors import Keys, did_you_mean
 from zoo.task_types import TASK_TYPES
+from zoo.variants import contradictions as of_variants
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -104,12 +105,9 @@ class ModelSection(Section):
             yield ("revision",), "it is that of path or of tokenizer, and there is neither"
         attention = self.attention or "full"
         names = [attention] if isinstance(attention, str) else attention
-        for name in self.attention_kwargs:
-            if name not in names:
-                text = f"model.attention is {', '.join(names)}: nothing reads this{did_you_mean(name, names)}"
-                yield ("attention_kwargs", name), text
         if self.implementation == "official" and set(names) != {"full"}:
             yield ("attention",), "official classes know full attention only; use implementation: native"
+        yield from of_variants(names, self.attention_kwargs)
         if self.implementation == "official" and self.ragged == "on":
             yield ("ragged",), "official classes always run padded; use implementation: native, or ragged: auto"
         if self.implementation == "native" and self.trust_remote_code:

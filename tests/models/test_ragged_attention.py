@@ -14,14 +14,14 @@ from zoo.models import ragged_attention as ragged_attention_module
 from zoo.models.attention import Attention
 from zoo.models.blocks import BlockSpec
 from zoo.models.dropout import keep_mask
-from zoo.models.masks import causal_only, document_mask, local
+from zoo.models.masks import CAUSAL, DocumentMask, local
 from zoo.models.ragged import Packing
 from zoo.models.ragged_attention import first_token_attention, ragged_attention
 
 from .tiny import PADDING
 
 HEADS, HEAD_DIM, SCALING = 3, 12, 0.4
-PATTERNS = {"all": None, "causal": causal_only, "local": local(causal=False, window=2)}
+PATTERNS = {"all": None, "causal": CAUSAL, "local": local(causal=False, window=2)}
 # keys of the same rows in a cross-attention: another length, an empty row among them
 CROSS = [[1] * 5 + [0] * 3, [0, 1, 1, 0, 1, 1, 1, 1], [0] * 8]
 
@@ -50,7 +50,7 @@ class Case:
         self.distances = slots[None, :] - slots[:, None] + length - 1
         self.mask = None
         if PATTERNS[pattern] is not None:
-            self.mask = document_mask(PATTERNS[pattern], self.packing.max_length, torch.device("cpu"))
+            self.mask = DocumentMask(PATTERNS[pattern], self.packing.max_length, HEADS, torch.device("cpu"))
 
     @property
     def leaves(self):
@@ -77,7 +77,7 @@ class Case:
         if self.table is not None:
             added = added + self.table[:, self.distances[slots][:, slots]]
         if self.mask is not None:
-            added = added.masked_fill(self.mask.hidden[:queries, :keys], float("-inf"))
+            added = added.masked_fill(self.mask.hidden_in(slice(0, queries), slice(0, keys)), float("-inf"))
         return added
 
     def reference(self, kept=None, dropout=0.0):
@@ -147,7 +147,7 @@ def test_blocks_leave_out_what_no_query_sees(block):
     packing, device = Packing.full(2, 11, torch.device("cpu")), torch.device("cpu")
     pairs = {"all": [121], "causal": [16, 32, 33], "local": [24, 32, 15]} if block == 4 else {}
     for name, pattern in PATTERNS.items():
-        mask = None if pattern is None else document_mask(pattern, 11, device)
+        mask = None if pattern is None else DocumentMask(pattern, 11, HEADS, device)
         found = ragged_attention_module.Rows(packing, packing, mask, None).pairs
         assert found == 2 * pairs.get(name, [121]), name
 
@@ -310,6 +310,6 @@ def test_grouped_query_attention(implementation, causal):
     padded, _ = layer(states, attention_mask=added if implementation == "eager" else visible)
     assert (padded - expected)[mask].abs().max() < 1e-12
     packing = Packing.from_mask(mask)
-    document = document_mask(causal_only, 11, mask.device) if causal else None
+    document = DocumentMask(CAUSAL, 11, 6, mask.device) if causal else None
     packed, _ = layer(packing.pack(states), attention_mask=document, packing=packing)
     assert (packed - expected[mask]).abs().max() < 1e-12

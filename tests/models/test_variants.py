@@ -186,7 +186,8 @@ def local_with(kwargs):
 
 
 REFUSED = [
-    ({"attention": "locale"}, "no variant is called 'locale'; there are full, local"),
+    ({"attention": "locale"}, "no variant is called 'locale'; did you mean local"),
+    ({"attention": "quadratic"}, "no variant is called 'quadratic'; there are full, local"),
     ({"attention": ["full", "sparse"]}, "no variant is called 'sparse'"),
     ({"attention": []}, "an empty list"),
     ({"attention": "local"}, r"attention_kwargs\.local: .*window"),

@@ -5,16 +5,30 @@ over the layers; `attention_kwargs: {name: {...}}` holds the parameters. The *im
 flex) is transformers' `attn_implementation`, which is not saved.
 """
 
-from typing import Any
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
 
 from .linear import is_plain, linear
-from .masks import MASKS, DocumentMask, Pattern, causal_only, document_mask, document_positions, grid_mask_function
+from .masks import (
+    BLOCKED_FROM,
+    CAUSAL,
+    MASKS,
+    DocumentMask,
+    Pattern,
+    document_positions,
+    grid_mask_function,
+    takes_layer,
+)
 from .ragged import Packing
 from .ragged_attention import first_token_attention, ragged_attention
 
@@ -29,9 +43,11 @@ def check_variant(config) -> None:
         raise ValueError(f"attention: an empty list; name at least one of {', '.join(known)}.")
     for name in names:
         if name not in known:
-            raise ValueError(f"attention: no variant is called {name!r}; there are {', '.join(known)}.")
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]}" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"attention: no variant is called {name!r}; {meant}.")
         if name != FULL:
-            _build_pattern(config, name, causal=False)
+            _pattern(config, name, causal=False, layer=0)
         elif config.attention_kwargs.get(FULL):
             raise ValueError(f"attention_kwargs.{FULL}: full attention has no parameters.")
     for name in config.attention_kwargs:
@@ -46,11 +62,42 @@ def variant_of_layer(config, layer_idx: int) -> str:
     )
 
 
-def _build_pattern(config, name: str, causal: bool) -> Pattern:
-    try:
-        return MASKS[name](causal=causal, **config.attention_kwargs.get(name, {}))
-    except TypeError as error:
-        raise ValueError(f"attention_kwargs.{name}: {error}.") from error
+def _check_keys(name: str, build: Callable, kwargs: Any) -> None:
+    """Raises ValueError unless `kwargs` are the parameters of a variant, those without a default among them."""
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"attention_kwargs.{name}: a mapping of parameters, not {kwargs!r}.")
+    own = {
+        key: parameter.default is parameter.empty
+        for key, parameter in inspect.signature(build).parameters.items()
+        if key not in ("causal", "layer")
+    }
+    for key in kwargs:
+        if key not in own:
+            raise ValueError(f"attention_kwargs.{name}: unknown key {key!r}; it takes {', '.join(own)}.")
+    for key, required in own.items():
+        if required and key not in kwargs:
+            raise ValueError(f"attention_kwargs.{name}: {key} is missing.")
+
+
+# patterns that were asked for; one object each, under which its blocks are kept
+_PATTERNS: dict[tuple, Pattern] = {}
+
+
+def _pattern(config, name: str, causal: bool, layer: int) -> Pattern:
+    kwargs = config.attention_kwargs.get(name, {})
+    own = {"layer": layer} if takes_layer(name) else {}
+    asked = (name, causal, repr(own), repr(kwargs))
+    if asked not in _PATTERNS:
+        _check_keys(name, MASKS[name], kwargs)
+        _PATTERNS[asked] = MASKS[name](causal=causal, **own, **kwargs)
+    return _PATTERNS[asked]
+
+
+class InRows(NamedTuple):
+    """The mask of a batch that is padded, where each row attends by itself."""
+
+    packing: Packing
+    mask: DocumentMask
 
 
 class LayerMasks:
@@ -70,35 +117,70 @@ class LayerMasks:
         self.encoder_cache = None if causal else past_key_values
         if causal:
             self.padded |= {"past_key_values": past_key_values, "position_ids": position_ids}
-        rows = packing if packing is not None and packing.per_sequence else None
-        names = [config.attention] if isinstance(config.attention, str) else config.attention
+        self.packing = packing
         # all at once, before the first layer puts its keys in the cache, whose length they depend on
-        self._made: dict[str, Any] = {
-            name: self._grid(name) if rows is None else self._document(name, rows) for name in names
-        }
+        self._made: dict[Any, Any] = {}
+        for layer in range(config.num_hidden_layers):
+            name = self._name(layer)
+            if name not in self._made:
+                self._made[name] = self._make(variant_of_layer(config, layer), layer)
 
-    def of_layer(self, layer_idx: int) -> torch.Tensor | DocumentMask | None:
+    def of_layer(self, layer_idx: int) -> "torch.Tensor | DocumentMask | InRows | None":
         """What `Attention` takes: a grid mask of transformers' form, or what packed rows have in common."""
-        return self._made[variant_of_layer(self.config, layer_idx)]
+        return self._made[self._name(layer_idx)]
 
-    def _document(self, name: str, packing: Packing) -> DocumentMask | None:
-        if name == FULL and not self.causal:
-            return None
-        pattern = causal_only if name == FULL else _build_pattern(self.config, name, self.causal)
-        return document_mask(pattern, packing.max_length, packing.device)
+    def _name(self, layer_idx: int) -> Any:
+        name = variant_of_layer(self.config, layer_idx)
+        return (name, layer_idx) if name != FULL and takes_layer(name) else name
 
-    def _grid(self, name: str) -> Any:
+    def _make(self, name: str, layer_idx: int) -> Any:
+        packing = self.packing
+        if name == FULL:
+            if packing is None or not packing.per_sequence:
+                return self._grid(name, None)
+            return self._document(CAUSAL, packing) if self.causal else None
+        pattern = _pattern(self.config, name, self.causal, layer_idx)
+        self._check(name)
+        if packing is not None and (packing.per_sequence or packing.max_length >= BLOCKED_FROM):
+            return self._document(pattern, packing)
+        rows = self._rows_of_grid() if packing is None else None
+        return self._grid(name, pattern) if rows is None else InRows(rows, self._document(pattern, rows))
+
+    def _document(self, pattern: Pattern, packing: Packing) -> DocumentMask:
+        return DocumentMask(pattern, packing.max_length, self.config.num_attention_heads, packing.device)
+
+    def _check(self, name: str) -> None:
+        """Raises ValueError for what no pattern can do."""
         attention_mask = self.padded["attention_mask"]
-        pattern = None
-        if name != FULL:
-            if self.encoder_cache is not None and self.encoder_cache.get_seq_length():
-                raise ValueError(f"attention {name!r} in an encoder has no place for cached keys (prefix tuning).")
-            if attention_mask is not None and attention_mask.ndim != 2:
-                raise ValueError(f"attention {name!r} needs a mask of (batch, length), not {attention_mask.ndim}-D.")
-            positions = None if attention_mask is None else self._positions(attention_mask)
-            pattern = grid_mask_function(_build_pattern(self.config, name, self.causal), positions)
-        create = create_causal_mask if self.causal else create_bidirectional_mask
-        return create(config=self.config, and_mask_function=pattern, **self.padded)
+        if self.encoder_cache is not None and self.encoder_cache.get_seq_length():
+            raise ValueError(f"attention {name!r} in an encoder has no place for cached keys (prefix tuning).")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention {name!r} needs a mask of (batch, length), not {attention_mask.ndim}-D.")
+
+    def _rows_of_grid(self) -> Packing | None:
+        """The real tokens of a long padded batch, where blocks of a pattern can be computed on them."""
+        grid, mask = self.padded["inputs_embeds"], self.padded["attention_mask"]
+        cached = self.padded.get("past_key_values") is not None
+        if grid.shape[1] < BLOCKED_FROM or self.config._attn_implementation != "sdpa" or cached or is_tracing():
+            return None
+        if mask is None:
+            return Packing.full(grid.shape[0], grid.shape[1], grid.device, self.padded.get("position_ids"))
+        packing = Packing.from_mask(mask)
+        return packing if packing.tokens else None
+
+    def _grid(self, name: str, pattern: Pattern | None) -> Any:
+        create: Any = create_causal_mask if self.causal else create_bidirectional_mask
+        create = partial(create, config=self.config, **self.padded)
+        attention_mask = self.padded["attention_mask"]
+        if pattern is None:
+            return create()
+        positions = None if attention_mask is None else self._positions(attention_mask)
+        if pattern.period == 1 or self.config._attn_implementation == "flex_attention":
+            return create(and_mask_function=grid_mask_function(pattern, positions))
+        # transformers' own masks are the same for all heads
+        period = pattern.period or self.config.num_attention_heads
+        heads = [create(and_mask_function=grid_mask_function(pattern, positions, head)) for head in range(period)]
+        return torch.cat(heads, 1).repeat(1, self.config.num_attention_heads // period, 1, 1)
 
     def _positions(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """(batch, keys): the keys of a static cache are more than its mask says; those to come are hidden anyway."""
@@ -152,7 +234,7 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | DocumentMask | None = None,
+        attention_mask: torch.Tensor | DocumentMask | InRows | None = None,
         position_bias: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -171,35 +253,31 @@ class Attention(nn.Module):
             )
             return linear(self.o_proj, output.flatten(1)), None
         key, value = self._keys_and_values(hidden_states if memory is None else memory, past_key_values, kv_packing)
-        if packing is not None and kv_packing is not None and packing.per_sequence:
-            if self.num_key_value_groups > 1:
-                key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
-            mask: Any = attention_mask
-            bias = None if position_bias is None else position_bias[0]
-            output = ragged_attention(
-                query, key, value, packing, kv_packing,
-                scaling=self.scaling, dropout=dropout, mask=mask, position_bias=bias,
-            )  # fmt: skip
-            return linear(self.o_proj, output.flatten(1)), None
+        settings = {"scaling": self.scaling, "dropout": dropout, "position_bias": position_bias}
+        if isinstance(attention_mask, InRows):
+            rows, mask = attention_mask
+            query, key, value = (rows.pack(x.transpose(1, 2)) for x in (query, key, value))
+            output = self._in_rows(query, key, value, rows, rows, mask, **settings)
+            return linear(self.o_proj, rows.unpack(output.flatten(1))), None
         if packing is not None and kv_packing is not None:
+            if packing.per_sequence or isinstance(attention_mask, DocumentMask):
+                output = self._in_rows(query, key, value, packing, kv_packing, attention_mask, **settings)
+                return linear(self.o_proj, output.flatten(1)), None
             query, key, value = packing.unpack(query), kv_packing.unpack(key), kv_packing.unpack(value)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            position_bias=position_bias,
-            **kwargs,
-        )
+        output, weights = attend(self, query, key, value, attention_mask, **settings, **kwargs)
         output = output.flatten(2)
         return linear(self.o_proj, output if packing is None else packing.pack(output)), weights
 
-    def _may_skip_keys(self, attention_mask: torch.Tensor | DocumentMask | None) -> bool:
+    def _in_rows(self, query, key, value, packing: Packing, kv_packing: Packing, mask, *, position_bias, **settings):
+        """(tokens, heads, head_dim) of each row by itself."""
+        if self.num_key_value_groups > 1:
+            key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
+        bias = None if position_bias is None else position_bias[0]
+        return ragged_attention(query, key, value, packing, kv_packing, mask=mask, position_bias=bias, **settings)
+
+    def _may_skip_keys(self, attention_mask: torch.Tensor | DocumentMask | InRows | None) -> bool:
         """Whether full attention of one query a row needs nothing of the key and value layers but their weights."""
         plain = is_plain(self.k_proj) and is_plain(self.v_proj)
         return plain and attention_mask is None and self.num_key_value_groups == 1

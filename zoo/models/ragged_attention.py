@@ -7,15 +7,16 @@ without its tiling: the probabilities of a sequence are kept).
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .blocked_attention import blocked_attention
 from .dropout import keep_mask, keep_scale, random_keep
-from .masks import BLOCK, DocumentMask
+from .masks import BLOCK, BLOCKED_FROM, DocumentMask, Pattern
 from .ragged import Packing
 
 
@@ -39,12 +40,14 @@ def ragged_attention(
     Returns (query tokens, heads, head_dim), zeros for rows without keys.
     """
     rows = Rows(packing, kv_packing, mask, position_bias)
-    if dropout > 0.0:
+    if rows.pattern is not None and packing is kv_packing and packing.max_length >= BLOCKED_FROM:
+        return _blocked_rows(query, key, value, rows, rows.pattern, scaling, dropout)
+    if dropout > 0.0 and query.device.type == "cpu":
         # the function chooses its own precision
         with torch.autocast(query.device.type, enabled=False):
             return _DropoutAttention.apply(query, key, value, position_bias, rows, scaling, dropout)
     if packing.is_grid and kv_packing.is_grid:
-        return _grid_attention(query, key, value, rows, scaling)
+        return _grid_attention(query, key, value, rows, scaling, dropout)
     outputs = []
     split = query.split(packing.lengths), key.split(kv_packing.lengths), value.split(kv_packing.lengths)
     for row, (q, k, v) in enumerate(zip(*split, strict=True)):
@@ -52,28 +55,50 @@ def ragged_attention(
             outputs.append(torch.zeros_like(q))
             continue
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        outputs.append(_row_attention(q, k, v, rows, row, scaling).squeeze(0).transpose(0, 1))
+        outputs.append(_row_attention(q, k, v, rows, row, scaling, dropout).squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def _grid_attention(query, key, value, rows: "Rows", scaling: float) -> torch.Tensor:
+def _blocked_rows(query, key, value, rows: "Rows", pattern: Pattern, scaling: float, dropout: float) -> torch.Tensor:
+    """The same one row at a time, the long ones by their pattern's blocks."""
+    outputs, lengths = [], rows.packing.lengths
+    for row, (q, k, v) in enumerate(zip(*(x.split(lengths) for x in (query, key, value)), strict=True)):
+        bias = rows.own_bias(row)
+        if lengths[row] >= BLOCKED_FROM:
+            between = None if bias is None else partial(_between, bias)
+            outputs.append(blocked_attention(q, k, v, pattern, scaling=scaling, dropout=dropout, bias=between))
+        elif lengths[row]:
+            alone = Packing.full(1, lengths[row], q.device)
+            output = ragged_attention(
+                q, k, v, alone, alone, scaling=scaling, dropout=dropout, mask=rows.mask, position_bias=bias
+            )
+            outputs.append(output)
+    return torch.cat(outputs)
+
+
+def _between(bias: torch.Tensor, q_pos: torch.Tensor, kv_pos: torch.Tensor) -> torch.Tensor:
+    """(heads, length, length) at (groups, queries) and (groups, keys) -> (groups, heads, queries, keys)."""
+    return bias[:, q_pos[:, :, None], kv_pos[:, None, :]].movedim(0, 1)
+
+
+def _grid_attention(query, key, value, rows: "Rows", scaling: float, dropout: float) -> torch.Tensor:
     """The same where no slot is padding: all rows together."""
 
     def grid(x, packing):
         return x.view(packing.batch_size, packing.length, *x.shape[1:]).transpose(1, 2)
 
     q, k, v = grid(query, rows.packing), grid(key, rows.kv_packing), grid(value, rows.kv_packing)
-    return _row_attention(q, k, v, rows, 0, scaling).transpose(1, 2).reshape(query.shape)
+    return _row_attention(q, k, v, rows, 0, scaling, dropout).transpose(1, 2).reshape(query.shape)
 
 
-def _row_attention(q, k, v, rows: "Rows", row: int, scaling: float) -> torch.Tensor:
+def _row_attention(q, k, v, rows: "Rows", row: int, scaling: float, dropout: float) -> torch.Tensor:
     """(batch, heads, queries, head_dim) of one row, or of all that are like it."""
     if rows.mask is not None and rows.mask.causal and rows.position_bias is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
     blocks = [
         F.scaled_dot_product_attention(
             q[..., part.queries, :], k[..., part.keys, :], v[..., part.keys, :],
-            attn_mask=rows.added_to_scores(part), scale=scaling,
+            attn_mask=rows.added_to_scores(part), dropout_p=dropout, scale=scaling,
         )
         for part in rows.parts_of(row)
     ]  # fmt: skip
@@ -123,6 +148,11 @@ class Rows:
         self.packing, self.kv_packing, self.mask = packing, kv_packing, mask
         self.position_bias = position_bias
 
+    @property
+    def pattern(self) -> Pattern | None:
+        """What leaves out more than the future."""
+        return None if self.mask is None or self.mask.causal else self.mask.pattern
+
     def parts_of(self, row: int) -> Iterator[Part]:
         """Each row is one part, unless it is long and the mask hides some of it."""
         queries, keys = self.packing.lengths[row], self.kv_packing.lengths[row]
@@ -162,8 +192,8 @@ class Rows:
             yield part, (q, k, tuple(x.view(shape) for x in p))
 
     def hidden_in(self, part: Part) -> torch.Tensor | None:
-        """(queries, keys) bool, True = not visible."""
-        return None if self.mask is None else self.mask.hidden[part.queries, part.keys]
+        """(queries, keys) bool, or (heads, queries, keys): True = not visible."""
+        return None if self.mask is None else self.mask.hidden_in(part.queries, part.keys)
 
     def bias_index(self, part: Part) -> tuple:
         """The share of (heads, length, length) that belongs to a part."""
@@ -173,6 +203,11 @@ class Rows:
         # a bias depends on distances alone, so a row without holes may start at 0 wherever it stands
         return slice(None), part.queries, part.keys
 
+    def own_bias(self, row: int) -> torch.Tensor | None:
+        """(heads, tokens, tokens) of a row."""
+        whole = slice(0, self.packing.lengths[row])
+        return self.bias_in(Part(row, whole, whole))
+
     def bias_in(self, part: Part) -> torch.Tensor | None:
         return None if self.position_bias is None else self.position_bias[self.bias_index(part)]
 
@@ -181,7 +216,9 @@ class Rows:
         hidden, bias = self.hidden_in(part), self.bias_in(part)
         if hidden is None:
             return bias
-        return ~hidden if bias is None else bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+        added = ~hidden if bias is None else bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+        # torch's fused kernel takes two dimensions or four
+        return added[None] if added.ndim == 3 else added
 
 
 def _length(span: slice) -> int:
