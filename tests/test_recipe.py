@@ -137,6 +137,9 @@ BAD = {
     "name of number": ("bert-finetune-topics", "12", "r.yaml:2: name: expected a string, got 12"),
     "kwargs of nothing": ("/model\n", "/model\n  attention: [full, local]\n  attention_kwargs: {locl: {window: 4}}\n", "r.yaml:7: model.attention_kwargs.locl: model.attention is full, local: nothing reads this; did you mean local?"),  # noqa: E501
     "official variant": ("/model\n", "/model\n  implementation: official\n  attention: local\n", "r.yaml:7: model.attention: official classes know full attention only"),  # noqa: E501
+    "variant unknown": ("/model\n", "/model\n  attention: locle\n", "r.yaml:6: model.attention: no variant is called locle; did you mean local?"),  # noqa: E501
+    "variant without": ("/model\n", "/model\n  attention: local\n", "r.yaml:6: model.attention: local needs model.attention_kwargs.local.window"),  # noqa: E501
+    "variant's key": ("/model\n", "/model\n  attention: local\n  attention_kwargs: {local: {window: 4, windw: 3}}\n", "r.yaml:7: model.attention_kwargs.local.windw: unknown key; did you mean window?"),  # noqa: E501
     "attention twice": ("/model\n", "/model\n  config: {attention: local}\n", "r.yaml:6: model.config.attention: write it as model.attention"),  # noqa: E501
     "cycle item": ("/model\n", "/model\n  attention:\n  - full\n  - 3\n", "r.yaml:8: model.attention.1: expected a string, got 3"),  # noqa: E501
     "empty cycle": ("/model\n", "/model\n  attention: []\n", "r.yaml:6: model.attention: List should have at least 1 item"),  # noqa: E501
@@ -437,7 +440,7 @@ def test_shipped_recipes(tmp_path):
     package = tmp_path / "site" / "zoo"
     package.mkdir(parents=True)
     names = ("__init__", "errors", "files", "library_schema", "recipe", "recipe_loading", "recipe_yaml", "sections")
-    for name in (*names, "data_sections", "sources", "task_types", "derived"):
+    for name in (*names, "data_sections", "sources", "task_types", "derived", "variants"):
         shutil.copy(REPO / "zoo" / f"{name}.py", package)
     for folder in (tmp_path / "site" / "recipes", package / "_recipes"):
         (folder / "bert").mkdir(parents=True)
