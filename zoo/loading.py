@@ -120,9 +120,10 @@ def load_model(
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     if problem_type is not None:
         changes["problem_type"] = problem_type
-    if section.attention is not None:
+    if section.attentions:
         # a variant's checkpoint keeps its own attention unless the recipe names another
-        changes |= {"attention": section.attention, "attention_kwargs": section.attention_kwargs}
+        changes |= {field: getattr(section, field) for field in section.attentions}
+        changes["attention_kwargs"] = section.attention_kwargs
     model = _fresh(section, auto_class, changes, processor) if section.path is None else None
     model = model or _trained(section, section.path or "", auto_class, changes, whole)
     if section.implementation == "native":

@@ -14,6 +14,14 @@ from zoo.task_types import TASK_TYPES
 from zoo.variants import contradictions as of_variants
 
 Text = Annotated[str, Field(min_length=1)]
+# one variant, or several that the layers take in turn
+Attentions = Annotated[
+    Annotated[Text, Tag("name")] | Annotated[list[Text], Field(min_length=1), Tag("cycle")],
+    Discriminator(lambda value: "cycle" if isinstance(value, list) else "name"),
+]
+
+
+ATTENTION_FIELDS = ("attention", "encoder_attention", "decoder_attention", "cross_attention")
 
 
 class Section(BaseModel):
@@ -74,13 +82,10 @@ class ModelSection(Section):
     added_tokens: list[Text] = Field(default_factory=list)
     revision: Text | None = None
     implementation: Literal["native", "official"] = "native"
-    attention: (
-        Annotated[
-            Annotated[Text, Tag("name")] | Annotated[list[Text], Field(min_length=1), Tag("cycle")],
-            Discriminator(lambda value: "cycle" if isinstance(value, list) else "name"),
-        ]
-        | None
-    ) = None
+    attention: Attentions | None = None
+    encoder_attention: Attentions | None = None
+    decoder_attention: Attentions | None = None
+    cross_attention: Text | None = None
     attention_kwargs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     attn_implementation: Text | None = None
     ragged: Literal["auto", "on", "off"] = "auto"
@@ -91,6 +96,12 @@ class ModelSection(Section):
     def start(self) -> str:
         """Where the weights come from, in words."""
         return self.path or f"{self.size or self.config['model_type']} with random weights"
+
+    @property
+    def attentions(self) -> dict[str, list[str]]:
+        """The variants that each field names."""
+        said = {field: getattr(self, field) for field in ATTENTION_FIELDS}
+        return {field: [x] if isinstance(x, str) else list(x) for field, x in said.items() if x is not None}
 
     def contradictions(self) -> Iterator[tuple[Keys, str]]:
         starts = [key for key in ("path", "size") if getattr(self, key) is not None]
@@ -103,17 +114,17 @@ class ModelSection(Section):
         borrowed = self.tokenizer if isinstance(self.tokenizer, str) else None
         if self.revision is not None and self.path is None and borrowed is None:
             yield ("revision",), "it is that of path or of tokenizer, and there is neither"
-        attention = self.attention or "full"
-        names = [attention] if isinstance(attention, str) else attention
-        if self.implementation == "official" and set(names) != {"full"}:
-            yield ("attention",), "official classes know full attention only; use implementation: native"
-        yield from of_variants(names, self.attention_kwargs)
+        attentions = self.attentions
+        for field, names in attentions.items():
+            if self.implementation == "official" and set(names) != {"full"}:
+                yield (field,), "official classes know full attention only; use implementation: native"
+        yield from of_variants(attentions, self.attention_kwargs)
         if self.implementation == "official" and self.ragged == "on":
             yield ("ragged",), "official classes always run padded; use implementation: native, or ragged: auto"
         if self.implementation == "native" and self.trust_remote_code:
             yield ("trust_remote_code",), "native classes run no code of a checkpoint; use implementation: official"
         for name in self.config:
-            if name in ("attention", "attention_kwargs"):
+            if name == "attention_kwargs" or name in ATTENTION_FIELDS:
                 yield ("config", name), f"write it as model.{name}"
         yield from revision_contradiction(self.path or borrowed or "", self.revision)
 

@@ -102,7 +102,7 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 
 def may_be_new(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight may be missing in a checkpoint: a task's head, and beneath it the pooler and the mask token."""
+    """Whether a checkpoint may lack a weight: of a task's head, of pooler and mask token beneath it, of a kernel."""
     base = base_prefix(model)
     head = bool(base) and not key.startswith(base)
-    return head or key.startswith(f"{base}pooler.") or key.endswith(MASK_TOKEN)
+    return head or key.startswith(f"{base}pooler.") or key.endswith(MASK_TOKEN) or ".kernel." in key

@@ -20,6 +20,10 @@ from .tiny import CONFIGS, PADDING, make_inputs, make_pair, native_class
 WINDOW = 2
 LOCAL = {"attention": "local", "attention_kwargs": {"local": {"window": WINDOW}}}
 CYCLE = {**LOCAL, "attention": ["full", "local"]}
+KERNELS = [
+    ("linformer", {"rank": 4, "sharing": "model"}), ("performer", {"features": 16}), ("linear", {}),
+    ("nystrom", {"landmarks": 3, "convolution": 3}),
+]  # fmt: skip
 VARIANTS = {"local": LOCAL, "full, local": CYCLE}
 TOKEN_HEADS = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("t5", "T5ForConditionalGeneration")]
 # one of every family
@@ -261,7 +265,7 @@ STRANGER = """
     import torch, transformers
     from pathlib import Path
 
-    for directory, auto in json.loads(sys.argv[1]).items():
+    for directory, (auto, attention) in json.loads(sys.argv[1]).items():
         auto, directory = getattr(transformers, auto), Path(directory)
         for trust in ({}, {"trust_remote_code": False}):
             try:
@@ -272,7 +276,7 @@ STRANGER = """
         inputs, labels, expected, logits = torch.load(directory / "expected.pt")
         model = auto.from_pretrained(directory, trust_remote_code=True).eval()
         assert type(model).__module__.startswith("transformers_modules."), type(model)
-        assert model.config.attention == ["full", "local"]
+        assert model.config.attention == attention, model.config.attention
         assert (model(**inputs).logits - logits).abs().max() < 1e-6
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         first = model(**inputs, labels=labels).loss
@@ -292,17 +296,23 @@ STRANGER = """
 
 def test_a_variant_opens_where_this_package_is_not(tmp_path):
     directories = {}
-    for family, (official, auto) in OPENED.items():
-        make_pair(family, official, tmp_path / "official" / family)
-        native = open_variant(family, official, tmp_path / "official" / family, CYCLE)
-        directory = tmp_path / "saved" / family
+    saved = [(family, family, CYCLE) for family in OPENED]
+    saved += [
+        (f"bert-{name}", "bert", {"attention": name, "attention_kwargs": {name: kwargs}}) for name, kwargs in KERNELS
+    ]
+    saved.append(("gpt2-performer", "gpt2", {"attention": "performer"}))
+    for name, family, fields in saved:
+        official, auto = OPENED[family]
+        make_pair(family, official, tmp_path / "official" / name)
+        native = open_variant(family, official, tmp_path / "official" / name, fields)
+        directory = tmp_path / "saved" / name
         native.save_pretrained(directory)
         inputs = make_inputs(family, official, "right")
         labels = inputs.get("decoder_input_ids", inputs.get("input_ids", torch.tensor([0, 1, 2])))
         with torch.no_grad():
             loss, logits = native(**inputs, labels=labels).loss, native(**inputs).logits
             torch.save((inputs, labels, loss, logits), directory / "expected.pt")
-        directories[str(directory)] = auto
+        directories[str(directory)] = auto, fields["attention"]
     (tmp_path / "empty").mkdir()
     # no package of ours, whatever the environment has installed and however
     blocked = textwrap.dedent("""
@@ -322,7 +332,7 @@ def test_a_variant_opens_where_this_package_is_not(tmp_path):
         cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert all(f"ok {family}" in result.stdout for family in OPENED), result.stdout
+    assert all(f"ok {name}\n" in result.stdout for name, _, _ in saved), result.stdout
 
 
 @families

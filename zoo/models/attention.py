@@ -7,7 +7,7 @@ flex) is transformers' `attn_implementation`, which is not saved.
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
+from .kernel import Kernel, KernelState, attend_in_rows
 from .linear import is_plain, linear
+from .linear_attention import LinearAttention
+from .linformer import Linformer
 from .masks import (
     BLOCKED_FROM,
     CAUSAL,
@@ -29,37 +32,90 @@ from .masks import (
     grid_mask_function,
     takes_layer,
 )
-from .ragged import Packing
+from .nystrom import Nystrom
+from .performer import Performer
+from .ragged import Packing, cached_tokens
 from .ragged_attention import first_token_attention, ragged_attention
 
 FULL = "full"
 
+ATTENTIONS: dict[str, type[Kernel]] = {
+    "linformer": Linformer, "performer": Performer, "linear": LinearAttention, "nystrom": Nystrom,
+}  # fmt: skip
+
 
 def check_variant(config) -> None:
-    """Raises ValueError unless `attention` and `attention_kwargs` name variants that exist, with their parameters."""
-    names = [config.attention] if isinstance(config.attention, str) else list(config.attention)
-    known = [FULL, *MASKS]
-    if not names:
-        raise ValueError(f"attention: an empty list; name at least one of {', '.join(known)}.")
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {near[0]}" if near else f"there are {', '.join(known)}"
-            raise ValueError(f"attention: no variant is called {name!r}; {meant}.")
-        if name != FULL:
-            _pattern(config, name, causal=False, layer=0)
-        elif config.attention_kwargs.get(FULL):
-            raise ValueError(f"attention_kwargs.{FULL}: full attention has no parameters.")
+    """Raises ValueError unless the config's variants exist, have their parameters and can do what is asked of them."""
+    for field, names, is_causal in _self_attentions(config):
+        if not names:
+            raise ValueError(f"{field}: an empty list; name at least one of {', '.join(known_variants())}.")
+        for name in names:
+            _check_name(config, field, name)
+            if name not in ATTENTIONS:
+                continue
+            if is_causal and not ATTENTIONS[name].causal:
+                able = ", ".join(name for name, kernel in ATTENTIONS.items() if kernel.causal)
+                raise ValueError(f"{field}: {name} cannot be causal, and a decoder must be; patterns can, and {able}.")
+            if hasattr(config, "relative_attention_num_buckets"):
+                raise ValueError(f"{field}: {name} has no scores to which T5's position bias could be added.")
+            if len(names) > 1 and hasattr(config, "num_hidden_groups"):
+                raise ValueError(f"{field}: the layers of ALBERT are one; name {name} alone.")
+    cross = getattr(config, "cross_attention", FULL)
+    _check_name(config, "cross_attention", cross)
+    if cross != FULL and (cross in MASKS or not ATTENTIONS[cross].cross):
+        able = ", ".join(name for name, kernel in ATTENTIONS.items() if kernel.cross)
+        raise ValueError(f"cross_attention: {cross} relates tokens of one text; full does not, nor do {able}.")
+    if config.attention_kwargs.get(FULL):
+        raise ValueError(f"attention_kwargs.{FULL}: full attention has no parameters.")
+    used = {name for _, names, _ in _self_attentions(config) for name in names} | {cross}
     for name in config.attention_kwargs:
-        if name not in names:
+        if name not in used:
             raise ValueError(f"attention_kwargs has an entry for {name!r}, but attention is {config.attention!r}.")
+
+
+def known_variants() -> list[str]:
+    return [FULL, *MASKS, *ATTENTIONS]
+
+
+def _self_attentions(config) -> Iterator[tuple[str, list[str], bool]]:
+    """(config field, the variants it names, whether they are causal)."""
+    default = [config.attention] if isinstance(config.attention, str) else list(config.attention)
+    if not config.is_encoder_decoder:
+        yield "attention", default, config.always_causal or getattr(config, "is_decoder", False)
+        return
+    for field, is_causal in (("encoder_attention", False), ("decoder_attention", True)):
+        own = getattr(config, field)
+        yield ("attention" if own is None else field), default if own is None else _listed(own), is_causal
+
+
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _check_name(config, field: str, name: str) -> None:
+    if name not in known_variants():
+        near = difflib.get_close_matches(name, known_variants(), n=1)
+        meant = f"did you mean {near[0]}" if near else f"there are {', '.join(known_variants())}"
+        raise ValueError(f"{field}: no variant is called {name!r}; {meant}.")
+    if name in MASKS:
+        _pattern(config, name, causal=False, layer=0)
+    if name in ATTENTIONS:
+        kwargs = config.attention_kwargs.get(name, {})
+        _check_keys(name, ATTENTIONS[name].check, kwargs)
+        ATTENTIONS[name].check(config, **kwargs)
+
+
+def own_attention(config) -> str | list[str]:
+    """The variants of a stack's self-attention: T5's encoder and decoder may each have their own."""
+    field = "decoder_attention" if getattr(config, "is_decoder", False) else "encoder_attention"
+    own: Any = getattr(config, field, None)
+    return own or getattr(config, "attention", FULL)
 
 
 def variant_of_layer(config, layer_idx: int) -> str:
     """The name of a layer's variant: a list is a cycle over the layers (GPT-3, arXiv 2005.14165, section 2.1)."""
-    return (
-        config.attention if isinstance(config.attention, str) else config.attention[layer_idx % len(config.attention)]
-    )
+    names = _listed(own_attention(config))
+    return names[layer_idx % len(names)]
 
 
 def _check_keys(name: str, build: Callable, kwargs: Any) -> None:
@@ -69,7 +125,7 @@ def _check_keys(name: str, build: Callable, kwargs: Any) -> None:
     own = {
         key: parameter.default is parameter.empty
         for key, parameter in inspect.signature(build).parameters.items()
-        if key not in ("causal", "layer")
+        if key not in ("causal", "layer", "config")
     }
     for key in kwargs:
         if key not in own:
@@ -94,10 +150,10 @@ def _pattern(config, name: str, causal: bool, layer: int) -> Pattern:
 
 
 class InRows(NamedTuple):
-    """The mask of a batch that is padded, where each row attends by itself."""
+    """The real tokens of a batch that may be padded, where each row attends by itself; mask: None for a kernel."""
 
     packing: Packing
-    mask: DocumentMask
+    mask: DocumentMask | None
 
 
 class LayerMasks:
@@ -129,22 +185,28 @@ class LayerMasks:
         """What `Attention` takes: a grid mask of transformers' form, or what packed rows have in common."""
         return self._made[self._name(layer_idx)]
 
+    def by_kernel(self, layer_idx: int) -> bool:
+        """Whether a layer has its own maths, which may need every query."""
+        return variant_of_layer(self.config, layer_idx) in ATTENTIONS
+
     def _name(self, layer_idx: int) -> Any:
         name = variant_of_layer(self.config, layer_idx)
-        return (name, layer_idx) if name != FULL and takes_layer(name) else name
+        return (name, layer_idx) if name in MASKS and takes_layer(name) else name
 
     def _make(self, name: str, layer_idx: int) -> Any:
         packing = self.packing
         if name == FULL:
             if packing is None or not packing.per_sequence:
-                return self._grid(name, None)
+                return self._grid(None, layer_idx)
             return self._document(CAUSAL, packing) if self.causal else None
-        pattern = _pattern(self.config, name, self.causal, layer_idx)
         self._check(name)
+        if name in ATTENTIONS:
+            return InRows(packing or self._rows(), None)
+        pattern = _pattern(self.config, name, self.causal, layer_idx)
         if packing is not None and (packing.per_sequence or packing.max_length >= BLOCKED_FROM):
             return self._document(pattern, packing)
         rows = self._rows_of_grid() if packing is None else None
-        return self._grid(name, pattern) if rows is None else InRows(rows, self._document(pattern, rows))
+        return self._grid(pattern, layer_idx) if rows is None else InRows(rows, self._document(pattern, rows))
 
     def _document(self, pattern: Pattern, packing: Packing) -> DocumentMask:
         return DocumentMask(pattern, packing.max_length, self.config.num_attention_heads, packing.device)
@@ -159,22 +221,35 @@ class LayerMasks:
 
     def _rows_of_grid(self) -> Packing | None:
         """The real tokens of a long padded batch, where blocks of a pattern can be computed on them."""
-        grid, mask = self.padded["inputs_embeds"], self.padded["attention_mask"]
+        long = self.padded["inputs_embeds"].shape[1] >= BLOCKED_FROM
         cached = self.padded.get("past_key_values") is not None
-        if grid.shape[1] < BLOCKED_FROM or self.config._attn_implementation != "sdpa" or cached or is_tracing():
+        if not long or self.config._attn_implementation != "sdpa" or cached or is_tracing():
             return None
-        if mask is None:
-            return Packing.full(grid.shape[0], grid.shape[1], grid.device, self.padded.get("position_ids"))
-        packing = Packing.from_mask(mask)
-        return packing if packing.tokens else None
+        rows = self._rows()
+        return rows if rows.tokens else None
 
-    def _grid(self, name: str, pattern: Pattern | None) -> Any:
-        create: Any = create_causal_mask if self.causal else create_bidirectional_mask
+    def _rows(self) -> Packing:
+        """The real tokens of what enters a padded stack now."""
+        grid, mask = self.padded["inputs_embeds"], self.padded["attention_mask"]
+        batch_size, length = grid.shape[:2]
+        if mask is None:
+            past = cached_tokens(self.padded.get("past_key_values"))
+            positions = None if past else self.padded.get("position_ids")
+            return Packing.full(batch_size, length, grid.device, positions)
+        if is_tracing():
+            raise ValueError("a kernel's attention cannot be traced with an attention mask: which tokens are real?")
+        return Packing.from_mask(mask[:, -length:])
+
+    def _grid(self, pattern: Pattern | None, layer_idx: int) -> Any:
+        create: Any = create_bidirectional_mask
+        if self.causal:
+            # the cache of a kernel's layer has another length
+            create = partial(create_causal_mask, layer_idx=layer_idx)
         create = partial(create, config=self.config, **self.padded)
         attention_mask = self.padded["attention_mask"]
         if pattern is None:
             return create()
-        positions = None if attention_mask is None else self._positions(attention_mask)
+        positions = None if attention_mask is None else self._positions(attention_mask, layer_idx)
         if pattern.period == 1 or self.config._attn_implementation == "flex_attention":
             return create(and_mask_function=grid_mask_function(pattern, positions))
         # transformers' own masks are the same for all heads
@@ -182,13 +257,13 @@ class LayerMasks:
         heads = [create(and_mask_function=grid_mask_function(pattern, positions, head)) for head in range(period)]
         return torch.cat(heads, 1).repeat(1, self.config.num_attention_heads // period, 1, 1)
 
-    def _positions(self, attention_mask: torch.Tensor) -> torch.Tensor:
+    def _positions(self, attention_mask: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """(batch, keys): the keys of a static cache are more than its mask says; those to come are hidden anyway."""
         positions = document_positions(attention_mask)
         cache = self.padded.get("past_key_values")
         if cache is None:
             return positions
-        keys, _ = cache.get_mask_sizes(self.padded["inputs_embeds"].shape[1], 0)
+        keys, _ = cache.get_mask_sizes(self.padded["inputs_embeds"].shape[1], layer_idx)
         return nn.functional.pad(positions, (0, max(0, keys - positions.shape[1])))
 
 
@@ -226,6 +301,14 @@ class Attention(nn.Module):
         self.is_causal = spec.causal and not is_cross_attention
         self.attention_dropout = spec.attention_dropout
         width, kv_width = spec.num_heads * spec.head_dim, spec.key_value_heads * spec.head_dim
+        variant = (
+            getattr(config, "cross_attention", FULL) if is_cross_attention else variant_of_layer(config, layer_idx)
+        )
+        self.kernel: Kernel | None = None
+        if variant in ATTENTIONS:
+            kwargs = config.attention_kwargs.get(variant, {})
+            place = config, spec.num_heads, spec.head_dim, layer_idx, self.is_causal
+            self.kernel = ATTENTIONS[variant](*place, **kwargs)
         self.q_proj = nn.Linear(spec.hidden_size, width, bias=spec.query_key_value_bias)
         self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.query_key_value_bias)
         self.v_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.query_key_value_bias)
@@ -245,14 +328,21 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kv_packing = kv_packing or packing
         query = self._heads(linear(self.q_proj, hidden_states))
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self._dropout()
         memory = key_value_states
+        if self.kernel is not None and not self.is_cross_attention:
+            rows: Any = attention_mask
+            output = self._by_kernel(query, hidden_states, rows.packing, packing is not None, past_key_values)
+            return linear(self.o_proj, output.flatten(-2)), None
         if first_only and memory is not None and kv_packing is not None and self._may_skip_keys(attention_mask):
             output = first_token_attention(
                 query, memory, kv_packing, self.k_proj, self.v_proj, scaling=self.scaling, dropout=dropout
             )
             return linear(self.o_proj, output.flatten(1)), None
         key, value = self._keys_and_values(hidden_states if memory is None else memory, past_key_values, kv_packing)
+        if self.kernel is not None:
+            output = self._across_by_kernel(query, key, value, attention_mask, packing, kv_packing)
+            return linear(self.o_proj, output.flatten(-2)), None
         settings = {"scaling": self.scaling, "dropout": dropout, "position_bias": position_bias}
         if isinstance(attention_mask, InRows):
             rows, mask = attention_mask
@@ -276,6 +366,38 @@ class Attention(nn.Module):
             key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
         bias = None if position_bias is None else position_bias[0]
         return ragged_attention(query, key, value, packing, kv_packing, mask=mask, position_bias=bias, **settings)
+
+    def _by_kernel(self, query, states, rows: Packing, packed: bool, past_key_values: Cache | None) -> torch.Tensor:
+        """Self-attention, (tokens, heads, head_dim) or (batch, length, heads, head_dim), as the states are."""
+        key, value = (self._heads(linear(layer, states)) for layer in (self.k_proj, self.v_proj))
+        if not packed:
+            query, key, value = (rows.pack(x.transpose(1, 2)) for x in (query, key, value))
+        if self.num_key_value_groups > 1:
+            key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
+        cache: Any = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.self_attention_cache
+        state = None if cache is None else KernelState.of_layer(cache, self.layer_idx)
+        output = attend_in_rows(self.kernel, query, key, value, rows, rows, self.scaling, self._dropout(), state)
+        return output if packed else rows.unpack(output)
+
+    def _across_by_kernel(self, query, key, value, mask, packing: Packing | None, kv_packing: Packing | None):
+        """Cross-attention; mask: of transformers' form, for padded states."""
+        if packing is not None and kv_packing is not None:
+            return attend_in_rows(
+                self.kernel, query, key, value, packing, kv_packing, self.scaling, self._dropout(), None
+            )
+        rows = Packing.full(query.shape[0], query.shape[2], query.device)
+        # the same keys are hidden from every query
+        real = None if mask is None else (mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] >= 0)
+        kv_rows = Packing.full(key.shape[0], key.shape[2], key.device) if real is None else Packing.from_mask(real)
+        query, (key, value) = rows.pack(query.transpose(1, 2)), (kv_rows.pack(x.transpose(1, 2)) for x in (key, value))
+        return rows.unpack(
+            attend_in_rows(self.kernel, query, key, value, rows, kv_rows, self.scaling, self._dropout(), None)
+        )
+
+    def _dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
 
     def _may_skip_keys(self, attention_mask: torch.Tensor | DocumentMask | InRows | None) -> bool:
         """Whether full attention of one query a row needs nothing of the key and value layers but their weights."""

@@ -141,9 +141,10 @@ class EncoderModel(_Base):
         encoder_packing = None if packing is None else packing.memory
         if encoder_packing is not None:
             encoder_hidden_states = encoder_packing.pack(encoder_hidden_states)
+        layers = list(self.layers_in_order())
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         first_only = pooled_only and in_rows and not causal and (recorded is None or recorded is False)
-        layers = list(self.layers_in_order())
+        first_only = first_only and not masks.by_kernel(len(layers) - 1)
         if self_cache is not None and len({layer.self_attn.layer_idx for layer in layers}) < len(layers):
             raise ValueError(
                 "a layer that runs more than once (ALBERT) has no place for cached keys: past_key_values, and prefix "

@@ -10,7 +10,7 @@ To add one: a function here and its line in MASKS.
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -251,6 +251,7 @@ MASKS: dict[str, Callable[..., Pattern]] = {
 CAUSAL = Pattern(True, lambda q_pos, kv_pos, head: kv_pos <= q_pos, lambda queries, length, head: [range(length)])
 
 
+@cache
 def takes_layer(name: str) -> bool:
     """Whether a pattern is another in each layer."""
     return "layer" in inspect.signature(MASKS[name]).parameters

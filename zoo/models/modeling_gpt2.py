@@ -3,6 +3,7 @@
 from .versions import checked  # noqa: F401  isort: skip  (first: other versions fail in riddles further down)
 
 import math
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -73,6 +74,7 @@ class ZooGPT2Config(VariantConfig, GPT2Config):
     """`GPT2Config` and the attention variant."""
 
     model_type = "zoo_gpt2"
+    always_causal: ClassVar[bool] = True
 
     def validate_architecture(self):
         check_heads(self, "n_embd", "n_head")

@@ -164,6 +164,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
         masks = LayerMasks(self.config, False, grid, attention_mask, None, packing)
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         first_only = pooled_only and packing is not None and packing.per_sequence and not recorded
+        first_only = first_only and not masks.by_kernel(len(self.layers) - 1)
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
             hidden_states = layer(

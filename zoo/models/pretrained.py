@@ -18,10 +18,12 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import FULL, Attention, check_variant
 from .blocks import Block
+from .kernel import Kernel, shared_parameters
+from .performer import Performer
 from .ragged import RaggedMixin
 
 # fields that only our configs have
-ZOO_FIELDS = ("attention", "attention_kwargs")
+ZOO_FIELDS = ("attention", "attention_kwargs", "cross_attention", "encoder_attention", "decoder_attention")
 
 
 class LoadRenaming(WeightRenaming):
@@ -50,7 +52,8 @@ def register_key_map(class_names: list[str], key_map: list) -> None:
 
 def is_standard(config: PreTrainedConfig) -> bool:
     """Whether the official class computes the same: full attention in every layer."""
-    names = [config.attention] if isinstance(config.attention, str) else config.attention
+    fields = (getattr(config, name, None) for name in ZOO_FIELDS if name != "attention_kwargs")
+    names = [name for field in fields if field is not None for name in ([field] if isinstance(field, str) else field)]
     return all(name == FULL for name in names)
 
 
@@ -75,6 +78,11 @@ class VariantConfig(PreTrainedConfig):
 
     attention: str | list[str] = FULL
     attention_kwargs: dict | None = None
+    # of a decoder that reads an encoder
+    cross_attention: str = FULL
+
+    # whether self-attention is causal whatever the config says
+    always_causal: ClassVar[bool] = False
 
     def __post_init__(self, **kwargs):
         self.attention_kwargs = self.attention_kwargs or {}
@@ -135,6 +143,23 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         super()._init_weights(module)
         if getattr(module, "is_output_bias_owner", False):
             init.zeros_(module.bias)
+        if isinstance(module, Kernel):
+            module.initialise()
+
+    def post_init(self):
+        # read where weights are saved
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **shared_parameters(self)}
+        super().post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        # these do not hang on tie_word_embeddings
+        return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **shared_parameters(self)}
+
+    def redraw_features(self) -> None:
+        """New random features for every layer that has some, from torch's default generator (performer)."""
+        for module in self.modules():
+            if isinstance(module, Performer):
+                module.redraw_features()
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask, **kwargs):

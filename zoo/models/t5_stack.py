@@ -66,6 +66,15 @@ class ZooT5Config(VariantConfig, T5Config):
     model_type = "zoo_t5"
     # VariantConfig, coming first in the bases, brings the default of all other families
     is_encoder_decoder: bool = True
+    # in place of `attention`, of one of the two stacks
+    encoder_attention: str | list[str] | None = None
+    decoder_attention: str | list[str] | None = None
+
+    def to_dict(self):
+        # generation takes what a decoder_ field says for the decoder's own, and None would be its attention
+        unset = ("encoder_attention", "decoder_attention")
+        return {key: value for key, value in super().to_dict().items() if value is not None or key not in unset}
+
     # a Trainer would gather the encoder's states beside the logits
     keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
 

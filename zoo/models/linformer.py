@@ -1,0 +1,82 @@
+"""Linformer: keys and values are projected to a fixed number of slots (Wang et al. 2020, arXiv 2006.04768).
+
+softmax(q (E k)^T) (F v), with E and F of (rank, length): linear in length for a fixed rank (section 4, equation 7).
+With rank = length and E = F = I it is full attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from .kernel import Kernel
+
+SHARED = ("head", "layer", "model")
+STARTS = ("mean", "random")
+
+
+class Linformer(Kernel):
+    """Attention over `rank` mixtures of the keys (Linformer, arXiv 2006.04768, section 4).
+
+    `rank`: slots. `max_length`: tokens, at most; the model's own positions unless given. `sharing`: which heads have
+    the same projections: each its own (`head`), those of a `layer` (default), all of the `model`. `start`: `mean`, each
+    slot begins as the mean of neighbours, or `random`. A slot that no token of a text goes into is not attended to.
+    """
+
+    cross = True
+
+    def __init__(self, *place, rank: int, max_length: int | None = None, sharing: str = "layer", start: str = "mean"):
+        super().__init__(*place)
+        self.rank, self.start = rank, start
+        self.max_length = max_length or own_length(place[0]) or 0
+        own = self.heads if sharing == "head" else 1
+        self.of_model = ("key_projection", "value_projection") if sharing == "model" else ()
+        self.key_projection = nn.Parameter(torch.empty(own, rank, self.max_length))
+        self.value_projection = nn.Parameter(torch.empty(own, rank, self.max_length))
+
+    @staticmethod
+    def check(  # type: ignore[override]
+        config, rank, max_length=None, sharing="layer", start="mean"
+    ) -> None:
+        for name, value in (("rank", rank), ("max_length", max_length)):
+            if (name, value) != ("max_length", None) and (type(value) is not int or value < 1):
+                raise ValueError(f"attention_kwargs: linformer.{name} is a whole number of at least 1, not {value!r}.")
+        for name, value, known in (("sharing", sharing, SHARED), ("start", start, STARTS)):
+            if value not in known:
+                raise ValueError(f"attention_kwargs: linformer.{name} is one of {', '.join(known)}, not {value!r}.")
+        longest = max_length or own_length(config)
+        if longest is None:
+            raise ValueError(
+                "attention_kwargs: linformer.max_length is missing, and this model has no length of its own."
+            )
+        if rank > longest:
+            raise ValueError(f"attention_kwargs: linformer.rank {rank} is more than its length, {longest}.")
+
+    def initialise(self) -> None:
+        if self.start == "random":
+            for projection in (self.key_projection, self.value_projection):
+                init.normal_(projection, std=self.rank**-0.5)
+            return
+        # each token goes into one slot; slots differ by one token at most
+        slots = torch.arange(self.max_length) * self.rank // self.max_length
+        means = F.one_hot(slots, self.rank).T.to(self.key_projection)
+        means = means / means.sum(1, keepdim=True).clamp(min=1)
+        for projection in (self.key_projection, self.value_projection):
+            init.copy_(projection, means.expand_as(projection))
+
+    def forward(self, query, key, value, scaling, dropout=0.0) -> torch.Tensor:
+        length = key.shape[2]
+        if length > self.max_length:
+            raise ValueError(f"{length} tokens: this Linformer takes {self.max_length} at most (linformer.max_length).")
+        by_key, by_value = (p[:, :, :length] for p in (self.key_projection, self.value_projection))
+        key, value = by_key.to(key.dtype) @ key, by_value.to(value.dtype) @ value
+        reached = (by_key != 0).any(-1).logical_and((by_value != 0).any(-1))[None, :, None]
+        mask = None if bool(reached.all()) else reached
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+
+
+def own_length(config) -> int | None:
+    """The longest input of a model by its config, the class token of images included; None where there is no limit."""
+    if hasattr(config, "patch_size"):
+        return (config.image_size // config.patch_size) ** 2 + 1
+    return getattr(config, "max_position_embeddings", None)
