@@ -92,13 +92,16 @@ def test_the_table_of_sizes():
 
 
 def test_attentions_and_tasks_are_those_of_the_registries():
-    from zoo.models.attention import FULL
+    from zoo.models.attention import ATTENTIONS, FULL
     from zoo.models.masks import MASKS
     from zoo.tasks import TASKS
 
     found = {entry["name"]: entry for entry in listed("attentions")}
-    assert list(found) == [FULL, *MASKS] and found["local"]["parameters"] == ["window"]
-    assert found["local"]["summary"] == (MASKS["local"].__doc__ or "").splitlines()[0]
+    assert list(found) == [FULL, *MASKS, *ATTENTIONS] and found["local"]["parameters"] == ["window"]
+    for name, made in {**MASKS, **ATTENTIONS}.items():
+        assert found[name]["summary"] == (made.__doc__ or "").splitlines()[0]
+    for name, kernel in ATTENTIONS.items():
+        assert ["config", *found[name]["parameters"]] == list(inspect.signature(kernel.check).parameters)
     assert [entry["name"] for entry in listed("tasks")] == list(TASKS)
 
 

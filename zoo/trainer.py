@@ -46,6 +46,9 @@ class ZooTrainer(StepLoss):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_Begin(self))
+        variants = getattr(self.model.config, "attention_kwargs", None) or {}
+        if every := variants.get("performer", {}).get("redraw"):
+            self.add_callback(_Redraw(every))
 
     def tune(self, section: FinetuneSection) -> None:
         """Before the optimizer is made: learning rates by layer, and layers that join while it trains."""
@@ -274,6 +277,17 @@ class HeadlessTrainer(ZooTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, found = self.learn(model, inputs)
         return (loss, {"found": found}) if return_outputs else loss
+
+
+class _Redraw(TrainerCallback):
+    """New random features after so many steps; which step has which hangs on the seed and its number alone."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step and state.global_step % self.every == 0:
+            kwargs["model"].redraw_features()
 
 
 class _Begin(TrainerCallback):

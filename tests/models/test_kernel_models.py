@@ -173,7 +173,7 @@ REFUSED = [
     ("bert", variant("linformer", is_decoder=True), "linformer cannot be causal"),
     ("t5", variant("performer"), "performer has no scores to which T5's position bias could be added"),
     ("t5", {"decoder_attention": "nystrom"}, "decoder_attention: nystrom cannot be causal"),
-    ("t5", {"cross_attention": "block", "attention_kwargs": {"block": {"size": 2}}}, "block relates tokens of one text"),
+    ("t5", {"cross_attention": "block", "attention_kwargs": {"block": {"size": 2}}}, "block relates tokens of one"),
     ("t5", {"cross_attention": "nystrom"}, "nystrom relates tokens of one text; full does not, nor do linformer"),
     ("t5", {"encoder_attention": "locale"}, "encoder_attention: no variant is called 'locale'; did you mean local"),
     ("albert", variant("linear", attention=["full", "linear"]), "the layers of ALBERT are one; name linear alone"),

@@ -59,7 +59,7 @@ def run(setting: Setting, max_lengths: Sequence[int], rounds: int, steps: int) -
     _check(recipe)
     if recipe.model.implementation != "native":
         raise UserError("bench: the recipe's model.implementation must be native; the official side is added to it")
-    if recipe.model.attention not in (None, "full"):
+    if any(set(names) != {"full"} for names in recipe.model.attentions.values()):
         raise UserError("bench: a variant has no official class to be compared with; use attention: full")
     with tempfile.TemporaryDirectory() as directory:
         start = _start(recipe, directory)
