@@ -1,13 +1,14 @@
 # make quickstart   a venv, the project, and a real fine-tuning with its evaluation
 # make test         what the tests need, then the tests (CI runs the same)
 # make lint         ruff and mypy
+# make long-inputs  every attention by length, some minutes, into docs/long-inputs.md
 # make recipes      every shipped recipe whole, some hours, and the table of what they reach in docs/recipes.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart test lint recipes bench clean
+.PHONY: quickstart test lint recipes long-inputs bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/zoo train recipes/bert/finetune-topics.yaml --resume
@@ -25,6 +26,9 @@ lint: $(VENV)/.installed-dev
 
 recipes: $(VENV)/.installed
 	$(BIN)/python -m zoo.recipe_table
+
+long-inputs: $(VENV)/.installed
+	$(BIN)/python -m zoo.bench.attention
 
 bench: $(VENV)/.installed
 	$(BIN)/zoo bench finetune recipes/bert/finetune-topics.yaml --max-length 128 --max-length 256

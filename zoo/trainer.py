@@ -46,7 +46,7 @@ class ZooTrainer(StepLoss):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_Begin(self))
-        variants = getattr(self.model.config, "attention_kwargs", None) or {}
+        variants = getattr(getattr(self.model, "config", None), "attention_kwargs", None) or {}
         if every := variants.get("performer", {}).get("redraw"):
             self.add_callback(_Redraw(every))
 

@@ -3,6 +3,7 @@
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -125,6 +126,39 @@ def generate(
 
         result = generation.run(family, rounds, new_tokens)
         print(json_line(result) if as_json else generation.table(result), file=answer)
+
+
+@app.command("attention")
+def attention(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Variants; all if none.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; repeatable.")] = None,
+    attention_kwargs: Annotated[str | None, typer.Option(help="Parameters by variant, as JSON.")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="As in a decoder.")] = False,
+    heads: Annotated[int, typer.Option(min=1)] = 12,
+    width: Annotated[int, typer.Option(min=1, help="Of a head.")] = 64,
+    rounds: Rounds = 5,
+    png: Annotated[Path | None, typer.Option(help="Draw the curves into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of each attention by length, beside torch's fused full attention.
+
+    Examples:
+
+      zoo bench attention
+
+      zoo bench attention local performer --length 4096 --length 8192 --causal
+
+      zoo bench attention linformer --attention-kwargs '{"linformer": {"rank": 128}}' --png curves.png
+    """
+    with ending(), only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo.bench import attention as measured
+
+        kwargs = measured.parsed(attention_kwargs)
+        found = measured.run(names or [], length or measured.LENGTHS, rounds, heads, width, causal, kwargs)
+        if png is not None:
+            measured.draw(found, png)
+        print(json_line(found) if as_json else measured.table(found), file=answer)
 
 
 def _bench(
