@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from zoo.bench.commands import app as bench
-from zoo.console import AsJson, Overrides, RecipeName, Trusted, ending, only_json
+from zoo.console import AsJson, Overrides, RecipeName, Trusted, attention_kwargs_of, ending, only_json
 from zoo.errors import UserError
 from zoo.files import json_line
 from zoo.quiet import quiet_libraries
@@ -282,6 +282,45 @@ def predict(
         else:
             for line in prediction.in_lines(answers):
                 print(line, file=answer)
+
+
+@app.command()
+def transplant(
+    directory: Annotated[Path, typer.Argument(help="A directory that zoo train has finished.")],
+    overrides: Overrides = None,
+    attention: Annotated[
+        list[str] | None, typer.Option(help="A variant; several take turns: zoo ls attentions.")
+    ] = None,
+    attention_kwargs: Annotated[str | None, typer.Option(help="Parameters by variant, as JSON.")] = None,
+    heal: Annotated[str | None, typer.Option(metavar="RECIPE", help="Whose train and distill heal it.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="DIRECTORY-ATTENTION unless given.")] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Texts to compare the attention on.")] = 64,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an unfinished run was.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give a finished model another attention, say how far it is from full attention, and heal it.
+
+    Examples:
+
+      zoo transplant runs/bert-finetune-topics --attention linformer --attention-kwargs '{"linformer": {"rank": 64}}'
+
+      zoo transplant runs/bert-finetune-topics --attention full --attention local --attention-kwargs
+      '{"local": {"window": 32}}' train.num_train_epochs=2
+    """
+    with ending(), only_json(as_json) as answer:
+        if not attention:
+            raise UserError("transplant: give --attention; zoo ls attentions shows all")
+        kwargs = attention_kwargs_of(attention_kwargs)
+        quiet_libraries()
+        from zoo import transplant as stage
+
+        target = output_dir or directory.with_name(f"{directory.name}-{'-'.join(dict.fromkeys(attention))}")
+        names = attention[0] if len(attention) == 1 else attention
+        report = stage.run(directory, names, kwargs, target, heal, overrides or [], texts, resume)
+        if as_json:
+            print(json_line({"directory": str(target), **report}), file=answer)
+        else:
+            print(f"{stage.table(report)}\n\nthe model is in {target}", file=answer)
 
 
 @app.command()

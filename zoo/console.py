@@ -1,6 +1,7 @@
 """What all commands share: how they end, where their answer goes, the options they have in common."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -100,3 +101,14 @@ def only_json(wanted: bool) -> Iterator[Any]:
         yield answer
     finally:
         sys.stdout = answer
+
+
+def attention_kwargs_of(text: str | None) -> dict[str, dict[str, Any]]:
+    """`--attention-kwargs`, as a recipe's `model.attention_kwargs`. Raises UserError."""
+    try:
+        kwargs = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"--attention-kwargs: not JSON: {error}") from error
+    if not isinstance(kwargs, dict) or not all(isinstance(own, dict) for own in kwargs.values()):
+        raise UserError('--attention-kwargs: parameters by variant, such as {"local": {"window": 64}}')
+    return kwargs

@@ -18,6 +18,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from zoo.data_sections import DataSection, SourceSection
 from zoo.errors import Keys
 from zoo.sections import (
+    DistillSection,
     FinetuneSection,
     HubSection,
     LaunchSection,
@@ -45,6 +46,7 @@ class Recipe(Section):
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)
+    distill: DistillSection = Field(default_factory=DistillSection)
     generate: dict[str, Any] = Field(default_factory=dict)
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default_factory=list)
     hub: HubSection = Field(default_factory=HubSection)

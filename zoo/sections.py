@@ -229,6 +229,27 @@ class FinetuneSection(Section):
     ) = None
 
 
+class DistillSection(Section):
+    """A finished model to learn from, and what its answers weigh in the loss.
+
+    `labels`, `logits`, `hidden`: the weights of the task's own loss, of the teacher's probabilities at `temperature`,
+    and of its layers' states.
+    """
+
+    teacher: Text | None = None
+    labels: float = Field(default=1.0, ge=0)
+    logits: float = Field(default=1.0, ge=0)
+    hidden: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=2.0, gt=0)
+
+    def contradictions(self) -> Iterator[tuple[Keys, str]]:
+        said = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        if self.teacher is None and said:
+            yield ("teacher",), "required with the other keys: a directory that zoo train has made, or a hub id"
+        if self.teacher is not None and not (self.logits or self.hidden):
+            yield ("teacher",), "nothing is learned from it where logits and hidden are 0"
+
+
 class HubSection(Section):
     """Where the finished model is pushed to, if anywhere, and what the card says of licences."""
 

@@ -58,17 +58,23 @@ class StepLoss(Trainer):
         labels = labels[:, 1:] if self._loss_shifts_labels else labels
         return torch.tensor([int(labels.ne(IGNORED).sum()), rows])
 
+    def shares(self, batch: dict[str, Any], learned: torch.Tensor | None) -> tuple[float, float]:
+        """What a mean over a batch's labels, and one over its rows, are of those of the step that it is part of."""
+        if learned is None:
+            return 1.0, 1.0
+        # gradients of several processes are averaged
+        times = self.args.world_size if self.args.average_tokens_across_devices else 1
+        of_labels, of_rows = (times * self._learned(batch) / learned.clamp(min=1)).tolist()
+        return of_labels, of_rows
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """num_items_in_batch: labels and rows of the whole step; without it, the loss is a mean over the batch."""
-        here = self._learned(inputs)
-        if here[0] == 0 and "labels" in inputs:
+        of_labels, of_rows = self.shares(inputs, num_items_in_batch)
+        if self._learned(inputs)[0] == 0 and "labels" in inputs:
             # a mean over nothing is no number, even with a weight of 0
             inputs["labels"] = inputs["labels"].clamp(min=0)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if num_items_in_batch is not None:
-            # gradients of several processes are averaged
-            times = self.args.world_size if self.args.average_tokens_across_devices else 1
-            of_labels, of_rows = (times * here / num_items_in_batch.clamp(min=1)).tolist()
             loss_of_rows = 0.0 if self.row_loss is None else self.row_loss(outputs, inputs)
             loss = (loss - loss_of_rows) * of_labels + loss_of_rows * of_rows
         return (loss, outputs) if return_outputs else loss

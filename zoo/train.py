@@ -27,6 +27,7 @@ from zoo import finetuning, hub, tokenizer
 from zoo.card import card
 from zoo.checkpoints import PROGRESS, STATE, newest_complete
 from zoo.data import Splits, load_splits
+from zoo.distillation import load_teacher
 from zoo.encoding import by_rows, encoded, stream
 from zoo.environment import changed, data_of, environment
 from zoo.errors import UserError, did_you_mean
@@ -113,6 +114,8 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
             print(f"{name}: {note}")
     trainer = build_trainer(recipe, task, model, processor, arguments, splits.labels, rows["train"], rows["validation"])
     trainer.data = data_of(recipe.data)
+    if recipe.distill.teacher is not None:
+        trainer.distillation = load_teacher(recipe.distill, model, recipe.model, task)
     checkpoint = _claim(recipe, output_dir, arguments)
     if isinstance(recipe.model.tokenizer, TokenizerSection) and not kept.is_dir():
         # not before, so that a run that is refused leaves nothing behind

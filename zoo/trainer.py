@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zoo.checkpoints import PROGRESS, is_complete, mark_complete, writing
+from zoo.distillation import Distillation
 from zoo.errors import RunError, UserError
 from zoo.files import write_json
 from zoo.finetuning import Unfreezing, decayed
@@ -36,6 +37,7 @@ class ZooTrainer(StepLoss):
 
     data: dict[str, Any] = {}  # where the rows come from, with hashes, which checkpoints keep
     decay: float | None = None
+    distillation: Distillation | None = None
     rows: list[int] = []
     evaluated_rows: Any = None
     resumed_from: Path | None = None
@@ -95,6 +97,18 @@ class ZooTrainer(StepLoss):
                 "lower learning_rate, gradient clipping (max_grad_norm) or look at these rows"
             )
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        if self.distillation is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)
+        asked = self.distillation.asked(given)
+        inputs = given | {name: x for name, x in asked.items() if name not in given}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        shares = self.shares(given, num_items_in_batch)
+        taught = sum(share * part for share, part in zip(shares, self.distillation.losses(outputs, given), strict=True))
+        loss = self.distillation.section.labels * loss + taught
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

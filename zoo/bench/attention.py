@@ -4,7 +4,6 @@ One text of so many tokens, random queries, keys and values. A round is one turn
 within a round, and the median counts. Memory is what forward and backward add, in a process of its own.
 """
 
-import json
 import math
 import multiprocessing
 import os
@@ -294,17 +293,6 @@ def write_page(page: Path) -> None:
         texts.append(f"![curves]({picture.name})\n\n{date.today()}; {table(result)}\n")
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     write_text(page, before + BEGIN + "\n".join(texts) + END + rest.partition(END)[2])
-
-
-def parsed(text: str | None) -> dict[str, dict[str, Any]]:
-    """`--attention-kwargs`. Raises UserError."""
-    try:
-        kwargs = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"--attention-kwargs: not JSON: {error}") from error
-    if not isinstance(kwargs, dict) or not all(isinstance(own, dict) for own in kwargs.values()):
-        raise UserError('--attention-kwargs: parameters by variant, such as {"local": {"window": 64}}')
-    return kwargs
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zoo.console import AsJson, Overrides, ending, only_json
+from zoo.console import AsJson, Overrides, attention_kwargs_of, ending, only_json
 from zoo.errors import UserError
 from zoo.files import json_line
 from zoo.quiet import quiet_libraries
@@ -154,7 +154,7 @@ def attention(
         quiet_libraries()
         from zoo.bench import attention as measured
 
-        kwargs = measured.parsed(attention_kwargs)
+        kwargs = attention_kwargs_of(attention_kwargs)
         found = measured.run(names or [], length or measured.LENGTHS, rounds, heads, width, causal, kwargs)
         if png is not None:
             measured.draw(found, png)

@@ -1,0 +1,114 @@
+"""Another attention in a finished model: what is measured, what is healed, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from tests.commands import zoo
+from tests.tiny_run import differing, make_recipe, weights
+from zoo import evaluation, transplant
+from zoo.errors import UserError
+from zoo.model_directory import open_finished
+from zoo.train import run
+
+FULL_WINDOW = {"local": {"window": 64}}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bert, r8, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    run(make_recipe(tiny_bert, r8), directory)
+    return directory
+
+
+def test_a_window_as_long_as_the_texts_changes_nothing(finished, tmp_path):
+    steps = ["train.max_steps=2", "train.eval_steps=2", "train.save_steps=2"]
+    report = transplant.run(finished, "local", FULL_WINDOW, tmp_path / "to", overrides=steps, texts=5)
+    assert len(report["layers"]) == 2 and all(layer["error"] < 1e-5 for layer in report["layers"])
+    assert report["after_swap"]["test_accuracy"] == report["before"]["test_accuracy"]
+    assert report["after_swap"]["test_loss"] == pytest.approx(report["before"]["test_loss"], rel=1e-5)
+
+
+def test_errors_are_those_of_each_head(finished):
+    """Each layer against softmax by hand, on the states that enter it in the old model."""
+    opened = open_finished(finished)
+    recipe = transplant.healing_recipe(finished, "local", {"local": {"window": 2}}, None, [])
+    swapped = transplant.load_model(recipe.model, opened.task.auto_class, opened.labels, opened.task.problem_type)
+    found = list(transplant.errors(opened, swapped, 6))
+    rows, model = transplant._rows(opened), opened.model
+    heads = model.config.num_attention_heads
+    for number, distance in enumerate(found):
+        sums = torch.zeros(2, heads)
+        for row in range(6):
+            ids = torch.tensor(rows[row]["input_ids"])[None]
+            with torch.no_grad():
+                states = model.bert(input_ids=ids, output_hidden_states=True).hidden_states[number]
+                attention = model.bert.layers[number].self_attn
+                q, k, v = (
+                    layer(states)[0].unflatten(-1, (heads, -1)).transpose(0, 1)
+                    for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+            scores = q @ k.transpose(1, 2) * attention.scaling
+            places = torch.arange(ids.shape[1])
+            far = (places[:, None] - places[None, :]).abs() > 2
+            full, near = scores.softmax(-1) @ v, scores.masked_fill(far, float("-inf")).softmax(-1) @ v
+            sums += torch.stack([(near - full).square().sum((1, 2)), full.square().sum((1, 2))])
+        assert distance.heads == pytest.approx((sums[0] / sums[1]).sqrt().tolist(), rel=1e-4)
+        assert distance.error == pytest.approx(float((sums[0].sum() / sums[1].sum()).sqrt()), rel=1e-4)
+        assert distance.error > 0.01
+
+
+@pytest.mark.parametrize(
+    ("attention", "kwargs"),
+    [("linformer", {"linformer": {"rank": 6}}), (["full", "performer"], {"performer": {"features": 64}})],
+)
+def test_it_is_healed_saved_and_resumed(attention, kwargs, finished, tmp_path):
+    report = transplant.run(finished, attention, kwargs, tmp_path / "to", overrides=["train.max_steps=24"])
+    assert json.loads((tmp_path / "to" / "transplant.json").read_text()) == json.loads(json.dumps(report))
+    config = json.loads((tmp_path / "to" / "config.json").read_text())
+    assert (config["model_type"], config["attention"]) == ("zoo_bert", attention)
+    said = evaluation.run(tmp_path / "to")
+    assert said["test_loss"] == pytest.approx(report["after_healing"]["test_loss"], rel=1e-5)
+    again = transplant.run(finished, attention, kwargs, tmp_path / "to", overrides=["train.max_steps=24"], resume=True)
+    assert again["after_healing"]["test_loss"] == pytest.approx(report["after_healing"]["test_loss"])
+    first = report["layers"][0]["error"]
+    assert first == 0 if attention[0] == "full" else first > 0.01
+    assert report["layers"][1]["error"] > 0.001 and "| after the swap |" in transplant.table(report)
+    assert differing(weights(finished), weights(finished)) == []
+
+
+def test_healing_takes_another_recipes_training(finished, tmp_path):
+    file = tmp_path / "heal.yaml"
+    recipe = (finished / "recipe.yaml").read_text()
+    file.write_text(recipe.replace("max_steps: 40", "max_steps: 6") + "\n")
+    made = transplant.healing_recipe(finished, "linear", {}, str(file), ["train.learning_rate=0.5"])
+    assert (made.train["max_steps"], made.train["learning_rate"]) == (6, 0.5)
+    assert made.model.path == made.distill.teacher == str(finished) and made.distill.hidden == 1.0
+    own = transplant.healing_recipe(finished, ["full", "linear"], {}, None, [])
+    assert (own.train["num_train_epochs"], own.train["max_steps"]) == (1, -1)
+    assert own.name == "tiny-full-linear"
+
+
+def test_refusals_in_words(finished, tmp_path):
+    wrong = [
+        (("locle", {}), "attention: no variant is called locle; did you mean local"),
+        (("local", {}), "local needs model.attention_kwargs.local.window"),
+        (("linformer", {"linformer": {"rank": 9999}}), "more than its length"),
+    ]
+    for (attention, kwargs), message in wrong:
+        with pytest.raises(UserError, match=message):
+            transplant.run(finished, attention, kwargs, tmp_path / "to")
+    with pytest.raises(UserError, match="no such directory"):
+        transplant.run(tmp_path / "nowhere", "linear", {}, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_the_command(finished, tmp_path):
+    arguments = (str(finished), "--attention", "linear", "--output-dir", str(tmp_path / "to"), "--texts", "3")
+    status, output, errors = zoo("transplant", *arguments, "train.max_steps=4", cwd=tmp_path)
+    assert status == 0 and "| test_accuracy |" in output and "the model is in" in output, errors
+    status, _, errors = zoo("transplant", str(tmp_path / "to"), "--attention", "linear", cwd=tmp_path)
+    assert status == 2 and "has 'linear' attention already" in errors
+    status, _, errors = zoo("transplant", str(finished), cwd=tmp_path)
+    assert status == 2 and "give --attention" in errors

@@ -1,0 +1,221 @@
+"""`zoo transplant`: another attention in a finished model, how far it is from full attention, and its healing.
+
+The new attention begins with the queries, keys and values of the old one. How far its output is, layer by layer and
+head by head, is measured on texts of the model's own data, each layer given what the old model gives it. Healing is a
+short training that learns from the old model, its answers and the states of its layers (`distill`).
+"""
+
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from zoo import train
+from zoo.data import load_splits
+from zoo.encoding import encoded
+from zoo.errors import UserError
+from zoo.files import write_json
+from zoo.loading import load_model
+from zoo.model_directory import RECIPE, Finished, has_variant, open_finished, read_metrics
+from zoo.models.blocks import Block
+from zoo.recipe import Recipe
+from zoo.recipe_loading import load_recipe
+from zoo.sections import DistillSection
+from zoo.tasks import task_of
+from zoo.variants import contradictions
+
+REPORT = "transplant.json"
+# what is learned from the old model unless the healing recipe says otherwise
+HEAL: dict[str, Any] = {"labels": 1.0, "logits": 1.0, "hidden": 1.0}
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of one layer: the relative error of its attention's output, and that of each head."""
+
+    layer: str
+    error: float
+    heads: list[float]
+
+
+def run(
+    directory: Path,
+    attention: str | list[str],
+    attention_kwargs: dict[str, dict[str, Any]],
+    output_dir: Path,
+    heal: str | None = None,
+    overrides: Sequence[str] = (),
+    texts: int = 64,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """The report: errors by layer and head, and the test metrics before, after the swap and after healing.
+
+    heal: a recipe whose `train` and `distill` the healing takes; the model's own where none is given. overrides:
+    `section.key=value` on the recipe that heals. Raises UserError where the model cannot take the attention.
+    """
+    names = [attention] if isinstance(attention, str) else attention
+    for keys, text in contradictions({"attention": names}, attention_kwargs):
+        raise UserError(f"transplant: {'.'.join(map(str, keys))}: {text}")
+    finished = open_finished(directory)
+    if has_variant(finished.model):
+        raise UserError(f"transplant: {directory} has {finished.model.config.attention!r} attention already, not full")
+    recipe = healing_recipe(directory, attention, attention_kwargs, heal, overrides)
+    swapped = load_model(recipe.model, finished.task.auto_class, finished.labels, finished.task.problem_type)
+    train.check_directory(recipe, output_dir, resume)
+    distances = list(errors(finished, swapped, texts))
+    report: dict[str, Any] = {
+        "model": str(directory),
+        "attention": attention,
+        "attention_kwargs": attention_kwargs,
+        "texts": texts,
+        "layers": [vars(distance) for distance in distances],
+        "before": _of_test(read_metrics(directory)),
+        "after_swap": _of_test(_measured(recipe, finished, swapped)),
+    }
+    metrics = train.run(recipe, output_dir, resume)
+    report["after_healing"] = _of_test(metrics)
+    write_json(output_dir / REPORT, report)
+    return report
+
+
+def healing_recipe(
+    directory: Path,
+    attention: str | list[str],
+    attention_kwargs: dict[str, dict[str, Any]],
+    heal: str | None,
+    overrides: Sequence[str],
+) -> Recipe:
+    """The recipe of a finished run, on its model with another attention, which learns from that model."""
+    own = load_recipe(str(directory / RECIPE))
+    with_keys = load_recipe(heal, overrides) if heal is not None else load_recipe(str(directory / RECIPE), overrides)
+    asked = {key.partition("=")[0] for key in overrides}
+    short: dict[str, Any] = {}
+    if heal is None and not {"train.num_train_epochs", "train.max_steps"} & asked:
+        short = {"num_train_epochs": 1, "max_steps": -1}
+    said = own.model_dump() | {"train": with_keys.train | short, "seeds": []}
+    names = attention if isinstance(attention, str) else "-".join(dict.fromkeys(attention))
+    said["name"] = f"{own.name}-{names}"
+    said["model"] |= {
+        **dict.fromkeys(("size", "tokenizer", "revision")),
+        "path": str(directory), "added_tokens": [], "config": {}, "attention": attention,
+        "attention_kwargs": attention_kwargs,
+    }  # fmt: skip
+    distill = with_keys.distill
+    said["distill"] = (HEAL if distill == DistillSection() else distill.model_dump()) | {"teacher": str(directory)}
+    return Recipe.model_validate(said)
+
+
+def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Distance]:
+    """Of each attention layer in turn, over the first `texts` rows that the model was tested on, one at a time."""
+    rows = _rows(finished)
+    count = min(texts, len(rows))
+    collate = finished.task.collate(finished.processor, finished.recipe.task, **_fields(finished))
+    names = [name for name, module in finished.model.named_modules() if isinstance(module, Block)]
+    squares: dict[tuple[str, int], torch.Tensor] = {}
+    for model in (finished.model, swapped):
+        model.eval()
+    with torch.no_grad():
+        for number in tqdm(range(count), desc="Comparing attention", unit="text"):
+            batch = collate([rows[number]])
+            batch = {key: x for key, x in batch.items() if key != "row"}
+            before, after = _outputs(finished.model, swapped, names, batch)
+            for (place, wanted), (_, found) in zip(before, after, strict=True):
+                # (2, heads)
+                both = torch.stack([(found - wanted).square().sum((0, 2)), wanted.square().sum((0, 2))])
+                squares[place] = squares.get(place, torch.zeros_like(both)) + both
+    for (name, run_number), (difference, size) in squares.items():
+        heads = (difference / size.clamp(min=1e-30)).sqrt()
+        whole = float((difference.sum() / size.sum().clamp(min=1e-30)).sqrt())
+        # a layer that runs several times (ALBERT) is told apart by its turn
+        yield Distance(name if run_number == 0 else f"{name} (turn {run_number + 1})", whole, heads.tolist())
+
+
+def _outputs(model, swapped, names: list[str], batch: dict[str, Any]):
+    """((layer, turn), (tokens, heads, head_dim)) of the attention of both, where each layer of `swapped` gets the
+    states that the layer of `model` gets."""
+    entering: dict[str, deque] = {name: deque() for name in names}
+    found: list[list] = [[], []]
+    turns: list[dict[str, int]] = [{}, {}]
+
+    def keep(side: int, name: str, heads: int):
+        def hook(module, args):
+            turn = turns[side].get(name, 0)
+            turns[side][name] = turn + 1
+            found[side].append(((name, turn), args[0].reshape(-1, heads, args[0].shape[-1] // heads)))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for side, one in enumerate((model, swapped)):
+            for name in names:
+                block = one.get_submodule(name)
+                heads = one.config.num_attention_heads
+                hooks.callback(block.self_attn.o_proj.register_forward_pre_hook(keep(side, name, heads)).remove)
+                if side == 0:
+                    taken = block.register_forward_pre_hook(_taker(entering[name]))
+                else:
+                    taken = block.register_forward_pre_hook(_giver(entering[name]))
+                hooks.callback(taken.remove)
+            # asked for all states, so that the last layer computes more than the first token
+            one(**batch, output_hidden_states=True)
+    return found
+
+
+def _taker(queue: deque):
+    return lambda module, args: queue.append(args[0])
+
+
+def _giver(queue: deque):
+    return lambda module, args: (queue.popleft(), *args[1:])
+
+
+def _rows(finished: Finished):
+    """What the model was tested on, or else chosen by, as it reads it."""
+    recipe, task = finished.recipe, finished.task
+    seed = recipe.train.get("seed", 42)
+    splits = load_splits(recipe.data, task.roles, seed, finished.labels, task.labels)
+    split = splits.test if splits.test is not None else splits.validation
+    return encoded(split, recipe, task, finished.processor, seed)[0]
+
+
+def _fields(finished: Finished) -> dict[str, Any]:
+    return {field: getattr(finished.model.config, field) for field in finished.task.config_fields}
+
+
+def _measured(recipe: Recipe, finished: Finished, swapped) -> dict[str, Any]:
+    """Metrics of the model as it is after the swap."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = recipe.model_copy(update={"train": {"per_device_eval_batch_size": 16, "disable_tqdm": False}})
+        arguments = train.training_arguments(plain, Path(scratch))
+        trainer = train.build_trainer(
+            recipe, task_of(recipe.task), swapped, finished.processor, arguments, finished.labels
+        )
+        return trainer.evaluate(_rows(finished), metric_key_prefix="test")
+
+
+def _of_test(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The measured quality, of the test split where there is one."""
+    timed = ("runtime", "per_second", "epoch")
+    kept = {name: value for name, value in metrics.items() if not name.endswith(timed)}
+    of_test = {name: value for name, value in kept.items() if name.startswith("test_")}
+    return of_test or {name: value for name, value in kept.items() if name.startswith("eval_")}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = ["| layer | error | head by head |", "|---|---|---|"]
+    for layer in report["layers"]:
+        heads = " ".join(f"{error:.2f}" for error in layer["heads"])
+        lines.append(f"| {layer['layer']} | {layer['error']:.3f} | {heads} |")
+    lines += ["", "| metric | before | after the swap | after healing |", "|---|---|---|---|"]
+    for name, before in report["before"].items():
+        cells = [report[when].get(name) for when in ("after_swap", "after_healing")]
+        lines.append(f"| {name} | {before:.4f} | " + " | ".join("" if x is None else f"{x:.4f}" for x in cells) + " |")
+    return "\n".join(lines)
