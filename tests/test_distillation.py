@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.models.tiny import make_inputs, make_pair, native_class
 from tests.tiny_run import make_recipe
 from zoo.distillation import Distillation
 from zoo.errors import UserError
@@ -127,3 +128,15 @@ def test_refusals(teacher, tiny_bert, r8, tmp_path):
     small = ModelSection(config=config, tokenizer=str(tiny_bert))
     assert "the teacher's num_hidden_layers is 2, the model's 1" in refused(hidden=1.0, model=small)
     assert "nowhere" in refused(teacher=str(tmp_path / "nowhere"))
+
+
+def test_a_head_without_logits_says_so(tmp_path):
+    """Native masked words make none while they train."""
+    model, _ = make_pair("bert", "BertForMaskedLM", tmp_path)
+    native = native_class("bert", "BertForMaskedLM").from_pretrained(tmp_path).train()
+    inputs = make_inputs("bert", "BertForMaskedLM", "right", labels=True)
+    outputs = native(**inputs, output_hidden_states=True)
+    with pytest.raises(UserError, match=r"distill\.logits: BertForMaskedLM makes none while it trains"):
+        Distillation(DistillSection(teacher="x"), model).losses(outputs, inputs)
+    section = DistillSection(teacher="x", logits=0.0, hidden=1.0)
+    assert Distillation(section, model).losses(outputs, inputs)[1] > 0

@@ -44,9 +44,11 @@ class Distillation:
             wanted = self.teacher(**asked)
         of_labels = of_rows = torch.zeros((), device=self.teacher.device)
         if self.section.logits:
-            for name in _ANSWERS:
-                if outputs.get(name) is None:
-                    continue
+            made = [name for name in _ANSWERS if outputs.get(name) is not None]
+            if not made:
+                kind = type(self.teacher).__name__
+                raise UserError(f"distill.logits: {kind} makes none while it trains; use distill.logits: 0 and hidden")
+            for name in made:
                 divergence = self._divergence(outputs[name], wanted[name])
                 if divergence.ndim == 1:
                     of_rows = of_rows + self.section.logits * divergence.mean()
