@@ -41,12 +41,13 @@ LAYERS = [
         "baselines",
         "preview",
         "transplant",
+        "pictures",
         "recipe_table",
     },
     {"cli"},
 ]
 # what makes or opens a model knows its classes; everything else, the Auto classes
-OPENERS = {"loading", "fresh", "size_counts", "model_directory", "bench"}
+OPENERS = {"loading", "fresh", "size_counts", "model_directory", "bench", "pictures"}
 NEIGHBOURS = {
     "library_schema": {"sources"},
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},

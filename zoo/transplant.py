@@ -24,7 +24,6 @@ from zoo.errors import UserError
 from zoo.files import write_json
 from zoo.loading import load_model
 from zoo.model_directory import RECIPE, Finished, has_variant, open_finished, read_metrics
-from zoo.models.blocks import Block
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.sections import DistillSection
@@ -117,7 +116,7 @@ def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Dista
     rows = _rows(finished)
     count = min(texts, len(rows))
     collate = finished.task.collate(finished.processor, finished.recipe.task, **_fields(finished))
-    names = [name for name, module in finished.model.named_modules() if isinstance(module, Block)]
+    names = [name for name, module in finished.model.named_modules() if hasattr(module, "self_attn")]
     squares: dict[tuple[str, int], torch.Tensor] = {}
     for model in (finished.model, swapped):
         model.eval()
