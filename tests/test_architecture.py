@@ -16,7 +16,7 @@ OUTSIDE = {"torch", "transformers", "huggingface_hub"}  # of a model that is shi
 LAYERS = [
     {"chats", "errors", "files", "memory", "quiet", "metrics", "report", "sizes"},
     {"service", "hub_errors", "console", "weights"},
-    {"task_types", "derived", "variants"},
+    {"task_types", "derived", "variants", "generated"},
     {"sections"},
     {"data_sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},

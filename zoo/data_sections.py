@@ -80,7 +80,7 @@ class SourceSection(Section):
                 if first != key:
                     yield (kind, key), f"data.{kind}.{first} is {value} already; one {kind[:-1]} has one use"
         path = self.path or ""
-        if self.name is not None and (self.format or self.files or path.startswith("pypi://")):
+        if self.name is not None and (self.format or self.files or "://" in path):
             yield ("name",), "name is a configuration of a hub dataset; with files or a format nothing reads it"
         yield from revision_contradiction(path, self.revision)
 

