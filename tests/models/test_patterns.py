@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.models import blocked_attention as blocked_attention_module
 from zoo.models.blocked_attention import blocked_attention
-from zoo.models.masks import MASKS, takes_layer
+from zoo.models.masks import BLOCK, MASKS, DocumentMask, takes_layer
+from zoo.models.ragged import Packing
+from zoo.models.ragged_attention import ragged_attention
 
 HEADS, HEAD_DIM, SCALING = 4, 8, 0.3
 KWARGS = {
@@ -124,6 +126,25 @@ def test_blocks_equal_the_mask(name, causal, length, bias, monkeypatch):
     found, wanted = (torch.autograd.grad(x, leaves, upstream) for x in (ours, expected))
     for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert (a - b).abs().max() < 1e-12, number
+
+
+# longer than a block of queries, where documents are still masked
+@pytest.mark.parametrize("length", [257, 400, 511])
+@patterns
+@ways
+def test_what_a_row_leaves_out_is_hidden(name, causal, length):
+    """A row in blocks of queries, each with the keys from the first that one of them sees to the last."""
+    pattern = make(name, causal, **({"window": 100, "dilation": 3} if name == "dilated" else {}))
+    mask = DocumentMask(pattern, length, HEADS, torch.device("cpu"))
+    visible = grid(pattern, length).any(0)
+    for start, (first, last) in zip(range(0, length, BLOCK), mask.spans, strict=True):
+        assert not visible[start : start + BLOCK, :first].any() and not visible[start : start + BLOCK, last:].any()
+    q, k, v = draw(length)
+    rows = Packing.full(1, length, q.device)
+    ours = ragged_attention(q, k, v, rows, rows, scaling=SCALING, mask=mask)
+    by_head = (x.transpose(0, 1) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(*by_head, attn_mask=grid(pattern, length), scale=SCALING).transpose(0, 1)
+    assert (ours - expected).abs().max() < 1e-12
 
 
 # what a query sees is no more in a longer document; the others' share of it is

@@ -48,7 +48,7 @@ class Pattern:
 
     def groups(self, length: int, head: int) -> Iterator[tuple[range, torch.Tensor]]:
         """Queries that attend together, and the keys for them: (count,), sorted. Each query is in one group."""
-        for queries in self._queries(length, head):
+        for queries in self.queries(length, head):
             yield queries, self.keys_of(queries, length, head)
 
     def keys_of(self, queries: range, length: int, head: int) -> torch.Tensor:
@@ -57,7 +57,8 @@ class Pattern:
         seen = [_within(keys, end) for keys in self.keys(queries, length, head)]
         return torch.cat([torch.arange(keys.start, keys.stop, keys.step) for keys in seen if keys]).unique()
 
-    def _queries(self, length: int, head: int) -> Iterator[range]:
+    def queries(self, length: int, head: int) -> Iterator[range]:
+        """Those that attend together; each is in one group."""
         if leading := min(self.leading, length):
             yield range(leading)
         step = self.step(head)
@@ -307,11 +308,19 @@ class DocumentMask:
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """Of each BLOCK of queries the keys, from and to, outside of which none of them sees any."""
-        spans = []
-        for start in range(0, self.length, BLOCK):
-            queries = range(start, min(start + BLOCK, self.length))
-            seen = [
-                self.pattern.keys_of(queries, self.length, head) for head in range(self.pattern.period or self.heads)
-            ]
-            spans.append((min(int(keys[0]) for keys in seen), max(int(keys[-1]) for keys in seen) + 1))
-        return spans
+        # longer ones go by the pattern's own groups
+        length = self.length if self.causal else min(self.length, BLOCKED_FROM)
+        seen: list[list[torch.Tensor]] = [[] for _ in range(0, length, BLOCK)]
+        for head in range(self.pattern.period or self.heads):
+            for queries in self.pattern.queries(length, head):
+                # a pattern knows the keys of queries of one group, or of some of them
+                for number in range(queries[0] // BLOCK, queries[-1] // BLOCK + 1):
+                    if here := _between(queries, number * BLOCK, (number + 1) * BLOCK):
+                        seen[number].append(self.pattern.keys_of(here, length, head)[[0, -1]])
+        return [(int(torch.cat(ends).min()), int(torch.cat(ends).max()) + 1) for ends in seen]
+
+
+def _between(positions: range, start: int, stop: int) -> range:
+    """Those of them from start on and before stop."""
+    first, last = (-(-(edge - positions.start) // positions.step) for edge in (start, stop))
+    return positions[max(first, 0) : max(last, 0)]
