@@ -189,6 +189,17 @@ def test_bigbird_links_are_random_fixed_and_as_many_as_asked_for():
     assert abs(shares.mean() - 0.5) < 4 * (1 / 12 / len(shares)) ** 0.5 + 0.02
 
 
+def test_every_head_of_every_layer_keeps_its_blocks(monkeypatch):
+    """A second pass through many layers finds again what the first has laid out."""
+    monkeypatch.setattr(blocked_attention_module, "BLOCKED_FROM", 16)
+    layers = [make("bigbird", True, layer) for layer in range(36)]
+    for number in range(2):
+        before = blocked_attention_module.plan.cache_info().misses
+        for pattern in layers:
+            blocked_attention(*draw(20), pattern, scaling=SCALING)
+        assert blocked_attention_module.plan.cache_info().misses - before == (0 if number else 36 * HEADS)
+
+
 REFUSED = [
     ("local", {"window": 0}, "local.window is a number of tokens of at least 1, not 0"),
     ("dilated", {"dilation": 0}, "dilated.dilation"), ("dilated", {"window": True}, "dilated.window"),

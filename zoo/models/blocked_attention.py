@@ -22,10 +22,12 @@ class Groups(NamedTuple):
 
     queries: torch.Tensor  # (groups, queries), positions
     keys: torch.Tensor  # (groups, keys)
-    visible: torch.Tensor  # (groups, queries, keys) bool
+    visible: torch.Tensor  # (groups, queries, keys) bool, or (groups, 1, keys) where queries of a group see the same
+    later: bool  # whether keys after a query are yet to be hidden
 
 
-@lru_cache(maxsize=64)
+# as many as a model may have heads in all its layers, each of which may have a pattern of its own
+@lru_cache(maxsize=1024)
 def plan(pattern: Pattern, length: int, head: int, device: torch.device) -> list[Groups]:
     """All queries of a document of `length` tokens in groups; a group's keys are at most doubled to match others'."""
     alike: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -38,8 +40,11 @@ def plan(pattern: Pattern, length: int, head: int, device: torch.device) -> list
         counts = torch.tensor([len(keys) for _, keys in members])
         kv_pos = torch.nn.utils.rnn.pad_sequence([keys for _, keys in members], batch_first=True)
         real = torch.arange(kv_pos.shape[1]) < counts[:, None]
-        visible = pattern(q_pos[:, :, None], kv_pos[:, None, :], head) & real[:, None]
-        found.append(Groups(*(x.to(device) for x in (q_pos, kv_pos, visible))))
+        asked = q_pos[:, :1] if pattern.alike else q_pos
+        sees = pattern.sees if pattern.alike else pattern
+        visible = sees(asked[:, :, None], kv_pos[:, None, :], head) & real[:, None]
+        q_pos, kv_pos, visible = (x.to(device) for x in (q_pos, kv_pos, visible))
+        found.append(Groups(q_pos, kv_pos, visible, pattern.alike and pattern.causal))
     return found
 
 
@@ -80,12 +85,13 @@ def _of_heads(bias: Bias, heads: slice, q_pos: torch.Tensor, kv_pos: torch.Tenso
 
 def _attend(q, k, v, groups: Groups, scaling: float, dropout: float, bias: Bias | None):
     """(positions of real queries, their outputs), or None where a shorter document has none of these groups."""
-    length, (q_pos, kv_pos, visible) = len(q), groups
+    length, (q_pos, kv_pos, visible, later) = len(q), groups
     here = q_pos[:, 0] < length
     if not here.all():
         q_pos, kv_pos, visible = q_pos[here], kv_pos[here], visible[here]
     if not len(q_pos):
         return None
+    visible = visible & (kv_pos[:, None] <= q_pos[:, :, None]) if later else visible.expand(-1, q_pos.shape[1], -1)
     if int(kv_pos.max()) >= length:
         visible = visible & (kv_pos < length)[:, None]
         kv_pos = kv_pos.clamp(max=length - 1)

@@ -10,7 +10,7 @@ To add one: a function here and its line in MASKS.
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Pattern:
     causal attention anyway. keys: (queries, length, head) -> ranges that hold every key which one of these queries
     sees; what reaches beyond the document is cut. Queries attend together in blocks of `block`, of every
     `step(head)`-th position, the first `leading` in a group of their own. period: head h has the pattern of head
-    h % period; None: each has its own.
+    h % period; None: each has its own. alike: queries of one group see the same keys, but for those after them.
     """
 
     causal: bool
@@ -41,6 +41,7 @@ class Pattern:
     step: Callable[[int], int] = lambda head: 1
     leading: int = 0
     period: int | None = 1
+    alike: bool = False
 
     def __call__(self, q_pos, kv_pos, head=0) -> torch.Tensor:
         seen = self.sees(q_pos, kv_pos, head)
@@ -213,24 +214,30 @@ def bigbird(
     def drawn(later: torch.Tensor, link: int, head) -> torch.Tensor:
         return _hash(seed, layer, head, later, link) % later.clamp(min=1)
 
+    @lru_cache(maxsize=64)
+    def of_first(count: int, head: int) -> torch.Tensor:
+        """(links, count): what the first `count` blocks draw."""
+        return torch.stack([drawn(torch.arange(count), link, head) for link in range(links)])
+
     def sees(q_pos, kv_pos, head):
         i, j = q_pos // size, kv_pos // size
         seen = ((i - j).abs() <= near) | (j < first) | (i < first)
         for link in range(links):
-            seen = seen | (drawn(torch.maximum(i, j), link, head) == torch.minimum(i, j))
+            # what a block draws is before it
+            seen = seen | (drawn(i, link, head) == j) | (drawn(j, link, head) == i)
         return seen
 
     def keys(queries: range, length: int, head: int) -> list[range]:
-        own, blocks = queries[0] // size, torch.arange(-(-length // size))
+        own, count = queries[0] // size, -(-length // size)
         if own < first:
             return [range(length)]
         seen = {*range(first), *range(own - near, own + near + 1)}
-        for link in range(links):
-            places = drawn(blocks, link, head)
-            seen |= {int(places[own]), *(places == own).nonzero().flatten().tolist()}
+        if links:
+            places = of_first(count, head)
+            seen |= {*places[:, own].tolist(), *(places == own).nonzero()[:, 1].tolist()}
         return [range(j * size, (j + 1) * size) for j in seen if j >= 0]
 
-    return Pattern(causal, sees, keys, block=size, period=None)
+    return Pattern(causal, sees, keys, block=size, period=None, alike=True)
 
 
 def _hash(*parts: Any) -> Any:
