@@ -8,7 +8,7 @@ from zoo.models import attention, blocked_attention, masks, ragged_attention
 from .test_parity import assert_close
 from .test_patterns import KWARGS
 from .test_variants import NO_DROPOUT, TOKEN_HEADS, open_variant
-from .tiny import PADDING, make_inputs, make_pair
+from .tiny import CONFIGS, PADDING, make_inputs, make_pair
 
 # narrow enough to hide something of eleven tokens
 NARROW = {
@@ -114,3 +114,26 @@ def test_a_token_moves_what_sees_it_and_nothing_else(family, official, name, tmp
     heads = torch.arange(native.config.num_attention_heads)[:, None]
     expected = pattern(torch.arange(20)[None], torch.tensor([[place]]), heads).any(0)
     assert torch.equal(moved, expected) and not expected.all()
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_in_turn_may_be_odd_in_number(heads, tmp_path):
+    make_pair("bert", "BertForMaskedLM", tmp_path, num_attention_heads=heads, **NO_DROPOUT["bert"])
+    native = open_variant("bert", "BertForMaskedLM", tmp_path, variant("strided"))
+    inputs = make_inputs("bert", "BertForMaskedLM", "right", labels=True)
+    (logits, *_), (others, *_) = run(native, inputs, "off"), run(native, inputs, "on")
+    real = inputs["attention_mask"].bool()
+    assert_close(others[real], logits[real], "logits")
+
+
+@pytest.mark.parametrize("attention", ["bigbird", ["full", "full", "full", "full", "full", "full", "bigbird"]])
+def test_layers_of_a_group_are_counted_one_by_one(attention, tmp_path):
+    """An ALBERT runs num_hidden_layers * inner_group_num blocks, each by a mask of its own."""
+    assert CONFIGS["albert"].inner_group_num == 2 and CONFIGS["albert"].num_hidden_layers == 5
+    make_pair("albert", "AlbertForMaskedLM", tmp_path)
+    fields = {"attention": attention, "attention_kwargs": {"bigbird": NARROW["bigbird"]}}
+    native = open_variant("albert", "AlbertForMaskedLM", tmp_path, fields)
+    inputs = make_inputs("albert", "AlbertForMaskedLM", "right", labels=True)
+    (logits, *_), (others, *_) = run(native, inputs, "off"), run(native, inputs, "on")
+    real = inputs["attention_mask"].bool()
+    assert_close(others[real], logits[real], "logits")

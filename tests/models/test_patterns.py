@@ -95,9 +95,9 @@ def test_its_groups_hold_each_query_once_and_all_keys_it_sees(name, causal, leng
         assert sorted(queries) == list(range(length))
 
 
-def draw(length, dtype=torch.float64):
+def draw(length, dtype=torch.float64, heads=HEADS):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(length, HEADS, HEAD_DIM, dtype=dtype, generator=generator).requires_grad_() for _ in range(3)]
+    return [torch.randn(length, heads, HEAD_DIM, dtype=dtype, generator=generator).requires_grad_() for _ in range(3)]
 
 
 @pytest.mark.parametrize("length", [1, 33, 100, 128])
@@ -126,6 +126,18 @@ def test_blocks_equal_the_mask(name, causal, length, bias, monkeypatch):
     found, wanted = (torch.autograd.grad(x, leaves, upstream) for x in (ours, expected))
     for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert (a - b).abs().max() < 1e-12, number
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@ways
+def test_heads_in_turn_may_be_odd_in_number(heads, causal):
+    """As those of ViT-Ti/16, 3, and of GPT-2 XL, 25."""
+    q, k, v = draw(600, heads=heads)
+    pattern = make("strided", causal)
+    ours = blocked_attention(q, k, v, pattern, scaling=SCALING)
+    by_head, seen = (x.transpose(0, 1) for x in (q, k, v)), grid(pattern, 600)[:heads]
+    expected = F.scaled_dot_product_attention(*by_head, attn_mask=seen, scale=SCALING).transpose(0, 1)
+    assert (ours - expected).abs().max() < 1e-12
 
 
 # longer than a block of queries, where documents are still masked

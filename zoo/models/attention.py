@@ -176,7 +176,8 @@ class LayerMasks:
         self.packing = packing
         # all at once, before the first layer puts its keys in the cache, whose length they depend on
         self._made: dict[Any, Any] = {}
-        for layer in range(config.num_hidden_layers):
+        # an ALBERT's groups may have several layers each
+        for layer in range(config.num_hidden_layers * getattr(config, "inner_group_num", 1)):
             name = self._name(layer)
             if name not in self._made:
                 self._made[name] = self._make(variant_of_layer(config, layer), layer)
@@ -253,9 +254,10 @@ class LayerMasks:
         if pattern.period == 1 or self.config._attn_implementation == "flex_attention":
             return create(and_mask_function=grid_mask_function(pattern, positions))
         # transformers' own masks are the same for all heads
-        period = pattern.period or self.config.num_attention_heads
+        count = self.config.num_attention_heads
+        period = min(pattern.period or count, count)
         heads = [create(and_mask_function=grid_mask_function(pattern, positions, head)) for head in range(period)]
-        return torch.cat(heads, 1).repeat(1, self.config.num_attention_heads // period, 1, 1)
+        return torch.cat([heads[head % period] for head in range(count)], 1)
 
     def _positions(self, attention_mask: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """(batch, keys): the keys of a static cache are more than its mask says; those to come are hidden anyway."""

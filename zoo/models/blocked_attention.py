@@ -65,7 +65,7 @@ def blocked_attention(
     length, heads = query.shape[:2]
     # plans are kept for lengths of powers of two
     capacity = max(BLOCKED_FROM, 1 << (length - 1).bit_length())
-    period = pattern.period or heads
+    period = min(pattern.period or heads, heads)
     parts = []
     for head in range(period):
         q, k, v = (x[:, head::period] for x in (query, key, value))
@@ -76,7 +76,10 @@ def blocked_attention(
         places = torch.empty(length, dtype=torch.long, device=q.device)
         places[torch.cat(positions)] = torch.arange(length, device=q.device)
         parts.append(torch.cat(outputs).index_select(0, places))
-    return parts[0] if period == 1 else torch.stack(parts, 2).flatten(1, 2)
+    if period == 1:
+        return parts[0]
+    order = torch.cat([torch.arange(head, heads, period, device=query.device) for head in range(period)])
+    return torch.cat(parts, 1).index_select(1, order.argsort())
 
 
 def _of_heads(bias: Bias, heads: slice, q_pos: torch.Tensor, kv_pos: torch.Tensor) -> torch.Tensor:
