@@ -96,6 +96,7 @@ WRONG = [
     (["--attention-kwargs", "{"], "not JSON"), (["--attention-kwargs", "[]"], "parameters by variant"),
     (["--attention-kwargs", '{"local": {"windw": 3}}'], "unknown key; did you mean window"),
     (["--attention-kwargs", '{"locl": {}}'], "no variant is called locl; did you mean local"),
+    (["linformer", "--length", "64", "--length", "512"], "linformer.rank 256 is more than its length, 64"),
     (["local", "--attention-kwargs", '{"local": {"window": 0}}', "--length", "64"], "local.window is a number"),
 ]  # fmt: skip
 

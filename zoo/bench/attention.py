@@ -4,6 +4,7 @@ One text of so many tokens, random queries, keys and values. A round is one turn
 within a round, and the median counts. Memory is what forward and backward add, in a process of its own.
 """
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -62,8 +63,8 @@ def run(
     names = [name for name in names if name != FULL]
     shape: dict[str, Any] = {"heads": heads, "width": width, "causal": causal}
     try:
-        for name in names:
-            _subject(name, max(lengths), kwargs=KWARGS | kwargs, **shape)
+        for name, length in itertools.product(names, lengths):
+            _subject(name, length, kwargs=KWARGS | kwargs, **shape)
     except ValueError as error:
         raise UserError(f"bench attention: {error}") from error
     results, turns = [], len(lengths) * (len(names) + 1) * (rounds + 1)
