@@ -353,6 +353,10 @@ def test_a_model_trained_at_another_resolution_is_one_of_it(finished, folder, tm
     with torch.no_grad():
         loss = cross_entropy(model.eval()(pixels).logits, labels).item()
     assert read_metrics(tmp_path / "run")["test_loss"] == pytest.approx(loss, abs=1e-5)
+    linformer = {"attention": "linformer", "attention_kwargs": {"linformer": {"rank": 4}}}
+    shorter = larger.model_copy(update={"model": larger.model.model_copy(update=linformer)})
+    with pytest.raises(UserError, match=r"give model\.attention_kwargs\.linformer\.max_length: 37"):
+        run(shorter, tmp_path / "linformer")
     with pytest.raises(UserError, match=r"task.image_size: 10 x 10 pixels are no whole number of patches"):
         run(recipe(named(folder), {"image_size": 10}), tmp_path / "other")
 

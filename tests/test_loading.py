@@ -250,8 +250,21 @@ def test_variants_that_are_refused(tiny_bert):
     for wrong in ({"attention": "loca"}, {"attention": "local", "attention_kwargs": {"local": {"windw": 3}}}):
         with pytest.raises(ValidationError):
             section(tiny_bert, **wrong)
+    assert "model.encoder_attention: ZooBertConfig has no such field" in refused(tiny_bert, encoder_attention="linear")
     said = refused(tiny_bert, attention="local", attention_kwargs={"local": {"window": -1}})
     assert "window" in said and "-1" in said
+
+
+def test_attentions_of_a_model_from_random_weights():
+    small = {"vocab_size": 30, "num_layers": 1, "d_model": 8, "d_ff": 8, "num_heads": 2, "d_kv": 4}
+    kwargs = {"attention_kwargs": {"local": {"window": 2}}}
+    t5 = ModelSection(config={"model_type": "t5", **small}, encoder_attention="local", **kwargs)
+    assert load_model(t5, "AutoModelForSeq2SeqLM").encoder.config.encoder_attention == "local"
+    bert = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(UserError, match=r"model\.decoder_attention: ZooBertConfig has no such field"):
+        load_model(ModelSection(config=bert, decoder_attention="linear"), "AutoModelForMaskedLM")
+    official = ModelSection(config=bert, attention="full", implementation="official")
+    assert type(load_model(official, "AutoModelForMaskedLM")).__name__ == "BertForMaskedLM"
 
 
 def test_tokenizers(copy):

@@ -7,7 +7,7 @@ from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTr
 
 from zoo.errors import UserError, did_you_mean
 from zoo.models import FAMILIES
-from zoo.sections import ModelSection
+from zoo.sections import ATTENTION_FIELDS, ModelSection
 from zoo.sizes import SIZES
 
 # a size's own value goes with that of another field: where that is changed, it means nothing
@@ -42,7 +42,8 @@ def fresh_config(name: str, native: bool = True, **changes: Any) -> PreTrainedCo
     known = known_fields(made)
     for field in changes:
         if field not in known:
-            raise UserError(f"model.config.{field}: {made.__name__} has no such field{did_you_mean(field, known)}")
+            where = "model" if field in ATTENTION_FIELDS else "model.config"
+            raise UserError(f"{where}.{field}: {made.__name__} has no such field{did_you_mean(field, known)}")
     fields = {field: value for field, value in _own(name).items() if BELONGS_TO.get(field) not in changes}
     if not native and "attention" in fields:
         raise UserError(f"model.size: {name}: official classes know full attention only; use implementation: native")
@@ -74,7 +75,9 @@ def known_fields(of: type[PreTrainedConfig]) -> set[str]:
     made = of()
     # transformers writes a decoder's first token only where there is one
     decoder = {"decoder_start_token_id"} if made.is_encoder_decoder else set()
-    return {*made.to_dict(), *of.attribute_map, "num_labels", *decoder}
+    # T5's of its own, which are not written where they are not set
+    attentions = {field for field in ATTENTION_FIELDS if hasattr(of, field)}
+    return {*made.to_dict(), *of.attribute_map, "num_labels", *decoder, *attentions}
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 from zoo.errors import UserError, did_you_mean
 from zoo.fresh import recipe_config
 from zoo.hub_errors import hub_failure
+from zoo.models.linformer import Linformer
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe_loading import shipped_recipes
@@ -120,7 +121,7 @@ def load_model(
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     if problem_type is not None:
         changes["problem_type"] = problem_type
-    if section.attentions:
+    if section.attentions and section.implementation == "native":
         # a variant's checkpoint keeps its own attention unless the recipe names another
         changes |= {field: getattr(section, field) for field in section.attentions}
         changes["attention_kwargs"] = section.attention_kwargs
@@ -242,6 +243,12 @@ def fit_images(model: PreTrainedModel, processor: Processor, side: int | None) -
                 f"{patches[1]} (model.config.patch_size); give a multiple"
             )
         if size != as_pair(own):
+            tokens = size[0] // patches[0] * (size[1] // patches[1]) + 1
+            if any(isinstance(module, Linformer) for module in model.modules()) and not _own_length(model.config):
+                raise UserError(
+                    "task.image_size: the projections of linformer are as long as the model's own images; give "
+                    f"model.attention_kwargs.linformer.max_length: {tokens}"
+                )
             if not isinstance(model, ZooPreTrainedModel):
                 raise UserError("task.image_size: official classes keep the size they have; use implementation: native")
             resize_positions(model, size)
@@ -253,6 +260,10 @@ def fit_images(model: PreTrainedModel, processor: Processor, side: int | None) -
     processor.size = sizes  # type: ignore[attr-defined]
     if getattr(processor, "do_center_crop", False):
         processor.crop_size = sizes  # type: ignore[attr-defined]
+
+
+def _own_length(config) -> int | None:
+    return config.attention_kwargs["linformer"].get("max_length")
 
 
 def _directory(repo: Path | str, revision: str) -> Path:
@@ -294,11 +305,11 @@ def _config(section: ModelSection, config_class, location, revision: str, change
     try:
         config = config_class.from_pretrained(location, **given)
         known = set(config.to_dict()) | set(type(config).attribute_map)
-        for key in section.config:
-            if key not in known:
-                raise UserError(
-                    f"model.config.{key}: {type(config).__name__} has no such field{did_you_mean(key, known)}"
-                )
+        own = section.attentions if section.implementation == "native" else {}
+        for key in (*section.config, *own):
+            if key not in known and not hasattr(type(config), key):
+                where = f"model.{key}" if key in own else f"model.config.{key}"
+                raise UserError(f"{where}: {type(config).__name__} has no such field{did_you_mean(key, known)}")
         config = config_class.from_pretrained(location, **given, **changes)
         # the changes are set on a config that has been validated without them
         config.validate()
