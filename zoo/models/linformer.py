@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.import_utils import is_tracing
 
 from .kernel import Kernel
+from .patches import as_pair
 
 SHARED = ("head", "layer", "model")
 STARTS = ("mean", "random")
@@ -71,12 +73,14 @@ class Linformer(Kernel):
         by_key, by_value = (p[:, :, :length] for p in (self.key_projection, self.value_projection))
         key, value = by_key.to(key.dtype) @ key, by_value.to(value.dtype) @ value
         reached = (by_key != 0).any(-1).logical_and((by_value != 0).any(-1))[None, :, None]
-        mask = None if bool(reached.all()) else reached
+        # a graph cannot branch on it
+        mask = None if not is_tracing() and bool(reached.all()) else reached
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 
 def own_length(config) -> int | None:
     """The longest input of a model by its config, the class token of images included; None where there is no limit."""
     if hasattr(config, "patch_size"):
-        return (config.image_size // config.patch_size) ** 2 + 1
+        (height, width), (tall, wide) = as_pair(config.image_size), as_pair(config.patch_size)
+        return (height // tall) * (width // wide) + 1
     return getattr(config, "max_position_embeddings", None)

@@ -57,12 +57,13 @@ class Performer(LinearAttention):
 
 def random_directions(count: int, width: int, orthogonal: bool = True) -> torch.Tensor:
     """(count, width): each row N(0, I); orthogonal: the rows of each block of `width` are, their norms still chi."""
-    drawn = torch.randn(count, width)
+    # a model that is made in 16 bits makes them the default, of which there is no QR
+    drawn = torch.randn(count, width, dtype=torch.float32)
     if not orthogonal:
         return drawn
     blocks = []
     for _ in range(-(-count // width)):
-        q, r = torch.linalg.qr(torch.randn(width, width))
+        q, r = torch.linalg.qr(torch.randn(width, width, dtype=torch.float32))
         # without the signs of r it would not be uniform (Mezzadri 2007, arXiv math-ph/0609050)
         blocks.append((q * r.diagonal().sign()).T)
     return torch.cat(blocks)[:count] * drawn.norm(dim=1, keepdim=True)
