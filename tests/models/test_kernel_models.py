@@ -5,6 +5,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
+from zoo.models.linformer import Linformer
 from zoo.models.masks import document_positions
 
 from .test_parity import assert_close
@@ -175,6 +176,7 @@ REFUSED = [
     ("t5", {"decoder_attention": "nystrom"}, "decoder_attention: nystrom cannot be causal"),
     ("t5", {"cross_attention": "block", "attention_kwargs": {"block": {"size": 2}}}, "block relates tokens of one"),
     ("t5", {"cross_attention": "nystrom"}, "nystrom relates tokens of one text; full does not, nor do linformer"),
+    ("bert", {"cross_attention": "linear"}, "cross_attention: linear, but this model reads no other text"),
     ("t5", {"encoder_attention": "locale"}, "encoder_attention: no variant is called 'locale'; did you mean local"),
     ("albert", variant("linear", attention=["full", "linear"]), "the layers of ALBERT are one; name linear alone"),
     ("bert", {"attention": "linformer"}, "attention_kwargs.linformer: rank is missing"),
@@ -188,6 +190,57 @@ def test_refusals_in_words(family, fields, message):
     config_class = native_class(family, OPENED[family][0]).config_class
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         config_class.from_dict({**CONFIGS[family].to_dict(), **fields})
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [("gpt2", variant("nystrom"), "nystrom cannot be causal"), ("t5", {"attention": "linear"}, "position bias"),
+     ("bert", {"attention": "locale"}, "did you mean local"), ("bert", {"attention": "local"}, "window is missing")],
+)  # fmt: skip
+def test_what_from_pretrained_is_given_is_checked_too(family, fields, message, tmp_path):
+    """A landmark of the whole text in a decoder would let it see the future."""
+    official = OPENED[family][0]
+    make_pair(family, official, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        native_class(family, official).from_pretrained(tmp_path, **fields)
+
+
+def test_an_encoder_alone_may_say_encoder_attention(tmp_path):
+    """The official class saves it with is_encoder_decoder: false."""
+    make_pair("t5", "T5EncoderModel", tmp_path / "official")
+    fields = {"encoder_attention": "local", "attention_kwargs": {"local": {"window": 1}}}
+    native = open_variant("t5", "T5EncoderModel", tmp_path / "official", fields)
+    native.save_pretrained(tmp_path / "saved")
+    again = type(native).from_pretrained(tmp_path / "saved").eval()
+    inputs = make_inputs("t5", "T5EncoderModel")
+    states = native(**inputs).last_hidden_state
+    assert_close(again(**inputs).last_hidden_state, states, "states")
+    full = type(native).from_pretrained(tmp_path / "official").eval()(**inputs).last_hidden_state
+    assert (states - full).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_of_a_model_that_is_made_in_16_bits(dtype):
+    config = native_class("bert", "BertModel").config_class.from_dict(
+        {**CONFIGS["bert"].to_dict(), **variant("performer")}
+    )
+    kernel = native_class("bert", "BertModel")._from_config(config, dtype=dtype).layers[0].self_attn.kernel
+    assert kernel.projection.dtype == dtype and 0.5 < kernel.projection.float().std() < 1.5
+
+
+def test_linformer_of_images_that_are_no_squares(tmp_path):
+    make_pair("vit", "ViTForImageClassification", tmp_path, image_size=[12, 16])
+    native = open_variant("vit", "ViTForImageClassification", tmp_path, variant("linformer"))
+    assert {m.max_length for m in native.modules() if isinstance(m, Linformer)} == {3 * 4 + 1}
+
+
+@names
+def test_a_graph_without_a_mask(name, tmp_path):
+    make_pair("bert", "BertForSequenceClassification", tmp_path)
+    native = open_variant("bert", "BertForSequenceClassification", tmp_path, variant(name))
+    ids = {"input_ids": make_inputs("bert", "BertForSequenceClassification", "none")["input_ids"]}
+    graph = torch.export.export(native, (), ids).module()
+    assert_close(graph(**ids).logits, native(**ids).logits, "logits")
 
 
 @names

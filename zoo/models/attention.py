@@ -65,6 +65,8 @@ def check_variant(config) -> None:
     if cross != FULL and (cross in MASKS or not ATTENTIONS[cross].cross):
         able = ", ".join(name for name, kernel in ATTENTIONS.items() if kernel.cross)
         raise ValueError(f"cross_attention: {cross} relates tokens of one text; full does not, nor do {able}.")
+    if cross != FULL and not has_stacks(config) and not getattr(config, "add_cross_attention", False):
+        raise ValueError(f"cross_attention: {cross}, but this model reads no other text.")
     if config.attention_kwargs.get(FULL):
         raise ValueError(f"attention_kwargs.{FULL}: full attention has no parameters.")
     used = {name for _, names, _ in _self_attentions(config) for name in names} | {cross}
@@ -79,13 +81,18 @@ def known_variants() -> list[str]:
 
 def _self_attentions(config) -> Iterator[tuple[str, list[str], bool]]:
     """(config field, the variants it names, whether they are causal)."""
-    default = [config.attention] if isinstance(config.attention, str) else list(config.attention)
-    if not config.is_encoder_decoder:
+    default = _listed(config.attention)
+    if not has_stacks(config):
         yield "attention", default, config.always_causal or getattr(config, "is_decoder", False)
         return
     for field, is_causal in (("encoder_attention", False), ("decoder_attention", True)):
         own = getattr(config, field)
         yield ("attention" if own is None else field), default if own is None else _listed(own), is_causal
+
+
+def has_stacks(config) -> bool:
+    """Whether a config is T5's, of an encoder alone too: either of its stacks may have an attention of its own."""
+    return hasattr(type(config), "encoder_attention")
 
 
 def _listed(names: str | list[str]) -> list[str]:
@@ -107,8 +114,9 @@ def _check_name(config, field: str, name: str) -> None:
 
 def own_attention(config) -> str | list[str]:
     """The variants of a stack's self-attention: T5's encoder and decoder may each have their own."""
-    field = "decoder_attention" if getattr(config, "is_decoder", False) else "encoder_attention"
-    own: Any = getattr(config, field, None)
+    own: Any = None
+    if has_stacks(config):
+        own = config.decoder_attention if config.is_decoder else config.encoder_attention
     return own or getattr(config, "attention", FULL)
 
 

@@ -133,6 +133,11 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
     # of an encoder family: what its heads stand on, made from (config, add_pooling_layer)
     encoder_class: ClassVar[Callable[..., PreTrainedModel]]
 
+    def __init__(self, config, *args, **kwargs):
+        # from_pretrained sets what it is given on a config that has been validated without it
+        check_variant(config)
+        super().__init__(config, *args, **kwargs)
+
     def _initialize_weights(self, module, is_custom_code: bool = False):
         # transformers skips every module without parameters of its own in code that is not its own, and with it what
         # a block sets in its layers; `initialization`, which ours uses, leaves loaded parameters alone anyway
