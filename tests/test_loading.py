@@ -267,6 +267,17 @@ def test_attentions_of_a_model_from_random_weights():
     assert type(load_model(official, "AutoModelForMaskedLM")).__name__ == "BertForMaskedLM"
 
 
+def test_a_stack_that_the_recipe_does_not_name_keeps_its_parameters(tmp_path):
+    fields = {"encoder_attention": "bigbird", "attention_kwargs": {"bigbird": {"block_size": 2}}}
+    config = native_class("t5", "T5Model").config_class.from_dict({**config_for("t5", "T5Model").to_dict(), **fields})
+    native_class("t5", "T5Model")(config).save_pretrained(tmp_path)
+    for named in ({"attention": "full"}, {"decoder_attention": "block", "attention_kwargs": {"block": {"size": 4}}}):
+        found = load_model(ModelSection(path=str(tmp_path), **named), "AutoModel").config
+        assert found.encoder_attention == "bigbird" and found.attention_kwargs["bigbird"] == {"block_size": 2}
+    other = ModelSection(path=str(tmp_path), encoder_attention="full")
+    assert load_model(other, "AutoModel").config.attention_kwargs == {}
+
+
 def test_tokenizers(copy):
     tokenizer = load_processor(section(copy), "tokenizer")
     assert tokenizer("oil shares")["input_ids"][0] == tokenizer.cls_token_id

@@ -33,7 +33,7 @@ from zoo.models.linformer import Linformer
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe_loading import shipped_recipes
-from zoo.sections import ModelSection, TokenizerSection
+from zoo.sections import ATTENTION_FIELDS, ModelSection, TokenizerSection
 from zoo.sources import resolve
 from zoo.weights import MASK_TOKEN, assert_same_weights, base_prefix, may_be_new
 
@@ -310,6 +310,8 @@ def _config(section: ModelSection, config_class, location, revision: str, change
             if key not in known and not hasattr(type(config), key):
                 where = f"model.{key}" if key in own else f"model.config.{key}"
                 raise UserError(f"{where}: {type(config).__name__} has no such field{did_you_mean(key, known)}")
+        if own:
+            changes = {**changes, "attention_kwargs": _parameters(section, config)}
         config = config_class.from_pretrained(location, **given, **changes)
         # the changes are set on a config that has been validated without them
         config.validate()
@@ -320,6 +322,15 @@ def _config(section: ModelSection, config_class, location, revision: str, change
         raise _wants_trust(str(section.path), error) or UserError(
             f"model {section.path}: its config is refused: {_message(error)}"
         ) from error
+
+
+def _parameters(section: ModelSection, config) -> dict[str, dict]:
+    """Of the variants that the recipe names, and of those that a checkpoint keeps, such as T5's of the other stack."""
+    kept: set[str] = set()
+    for field in ATTENTION_FIELDS:
+        names = None if field in section.attentions else getattr(config, field, None)
+        kept.update([names] if isinstance(names, str) else names or [])
+    return {name: own for name, own in config.attention_kwargs.items() if name in kept} | section.attention_kwargs
 
 
 def _wants_trust(path: str, error: BaseException) -> UserError | None:
