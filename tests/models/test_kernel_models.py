@@ -5,6 +5,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
+from zoo.models.attention import cross_mask
 from zoo.models.linformer import Linformer
 from zoo.models.masks import document_positions
 
@@ -121,6 +122,25 @@ def test_an_image_in_any_kernel(name, tmp_path):
     inputs = make_inputs("vit", "ViTForImageClassification")
     native(**inputs, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert all(p.grad is not None for n, p in native.named_parameters() if "kernel" in n)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_across_texts_by_any_implementation(implementation, tmp_path):
+    """It does not matter to a kernel, but its mask is another."""
+    make_pair("t5", "T5ForConditionalGeneration", tmp_path)
+    native = open_variant("t5", "T5ForConditionalGeneration", tmp_path, {"cross_attention": "linear"})
+    inputs = make_inputs("t5", "T5ForConditionalGeneration", "right")
+    encoded = native.encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    keys, layer = (encoded, inputs["attention_mask"]), native.decoder.layers[0].cross_attn
+    queries = torch.randn(3, 7, 24)
+    found = []
+    for name in ("sdpa", implementation):
+        native.set_attn_implementation(name)
+        mask = cross_mask(native.decoder.config, queries, keys[1], keys[0])
+        found.append(layer(queries, mask, key_value_states=keys[0])[0])
+    assert_close(found[1], found[0], implementation)
+    short = layer(queries[1:2], None, key_value_states=keys[0][1:2, :6])[0]
+    assert_close(found[0][1:2], short, "the second text alone")
 
 
 @pytest.mark.parametrize("name", ["linformer", "performer", "linear"])

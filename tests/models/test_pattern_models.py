@@ -137,3 +137,13 @@ def test_layers_of_a_group_are_counted_one_by_one(attention, tmp_path):
     (logits, *_), (others, *_) = run(native, inputs, "off"), run(native, inputs, "on")
     real = inputs["attention_mask"].bool()
     assert_close(others[real], logits[real], "logits")
+
+
+@pytest.mark.parametrize("name", ["strided", "bigbird"])
+def test_flex_attention_has_no_pattern_for_each_head(name, tmp_path):
+    """Its blocks would be those of the first head."""
+    make_pair("bert", "BertForMaskedLM", tmp_path)
+    native = open_variant("bert", "BertForMaskedLM", tmp_path, variant(name))
+    native.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="one pattern for all heads"):
+        native(**make_inputs("bert", "BertForMaskedLM"))

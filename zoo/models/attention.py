@@ -259,8 +259,10 @@ class LayerMasks:
         if pattern is None:
             return create()
         positions = None if attention_mask is None else self._positions(attention_mask, layer_idx)
-        if pattern.period == 1 or self.config._attn_implementation == "flex_attention":
+        if pattern.period == 1:
             return create(and_mask_function=grid_mask_function(pattern, positions))
+        if self.config._attn_implementation == "flex_attention":
+            raise ValueError("flex_attention takes one pattern for all heads, not one for each; use sdpa or eager.")
         # transformers' own masks are the same for all heads
         count = self.config.num_attention_heads
         period = min(pattern.period or count, count)
@@ -275,6 +277,13 @@ class LayerMasks:
             return positions
         keys, _ = cache.get_mask_sizes(self.padded["inputs_embeds"].shape[1], layer_idx)
         return nn.functional.pad(positions, (0, max(0, keys - positions.shape[1])))
+
+
+def cross_mask(config, queries: torch.Tensor, mask: torch.Tensor | None, states: torch.Tensor) -> Any:
+    """Of the texts that are read: of transformers' form, or for a kernel (batch, 1, 1, keys). mask: (batch, keys)."""
+    if config.cross_attention in ATTENTIONS and (mask is None or mask.ndim == 2):
+        return None if mask is None else mask[:, None, None].bool()
+    return create_bidirectional_mask(config, queries, mask, encoder_hidden_states=states)
 
 
 def eager_attention(

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import LayerMasks
+from .attention import LayerMasks, cross_mask
 from .blocks import Block
 from .embeddings import positions_from
 from .pretrained import ZooPreTrainedModel
@@ -133,11 +132,9 @@ class EncoderModel(_Base):
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, causal, grid, attention_mask, self_cache, packing)
         in_rows = packing is not None and packing.per_sequence
-        cross_mask = None
+        memory_mask = None
         if encoder_hidden_states is not None and encoder_attention_mask is not None and not in_rows:
-            cross_mask = create_bidirectional_mask(
-                self.config, grid, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
-            )
+            memory_mask = cross_mask(self.config, grid, encoder_attention_mask, encoder_hidden_states)
         encoder_packing = None if packing is None else packing.memory
         if encoder_packing is not None:
             encoder_hidden_states = encoder_packing.pack(encoder_hidden_states)
@@ -153,7 +150,7 @@ class EncoderModel(_Base):
         for index, layer in enumerate(layers):
             hidden_states = layer(
                 hidden_states, masks.of_layer(index), None, encoder_hidden_states,
-                encoder_attention_mask=cross_mask, encoder_packing=encoder_packing, past_key_values=past_key_values,
+                encoder_attention_mask=memory_mask, encoder_packing=encoder_packing, past_key_values=past_key_values,
                 packing=packing, first_only=first_only and index == len(layers) - 1, **kwargs,
             )  # fmt: skip
         pooled = None

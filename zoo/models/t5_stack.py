@@ -6,13 +6,12 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.core_model_loading import WeightRenaming
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import Attention, LayerMasks
+from .attention import Attention, LayerMasks, cross_mask
 from .blocks import Block, BlockSpec, FeedForward
 from .dropout import Dropout
 from .embeddings import RelativePositionBias, look_up
@@ -235,18 +234,16 @@ class ZooT5Stack(ZooT5PreTrainedModel):
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, self.config.is_decoder, grid, attention_mask, self_cache, packing)
-        cross_mask = None
+        memory_mask = None
         if encoder_hidden_states is not None and (packing is None or not packing.per_sequence):
-            cross_mask = create_bidirectional_mask(
-                self.config, grid, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
-            )
+            memory_mask = cross_mask(self.config, grid, encoder_attention_mask, encoder_hidden_states)
         if encoder_packing is not None:
             encoder_hidden_states = encoder_packing.pack(encoder_hidden_states)
         hidden_states = self.dropout(hidden_states)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states, masks.of_layer(index), position_bias, encoder_hidden_states,
-                encoder_attention_mask=cross_mask, encoder_packing=encoder_packing,
+                encoder_attention_mask=memory_mask, encoder_packing=encoder_packing,
                 past_key_values=past_key_values, packing=packing, **kwargs,
             )  # fmt: skip
         hidden_states = self.dropout(self.final_layer_norm(hidden_states))
