@@ -141,6 +141,15 @@ def test_features_and_denominators_are_positive(size, causal):
     assert torch.isfinite(kernel.float()(q.float(), k.float(), v.float(), SCALING)).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_are_finite_where_nothing_is_similar(causal):
+    """Queries and keys so large that features underflow in fp32."""
+    leaves = [x.detach().float().requires_grad_() for x in draw(300, size=15 if causal else 40)]
+    output = make("performer", causal).float()(*leaves, SCALING)
+    output.sum().backward()
+    assert (output == 0).any() and all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
 @pytest.mark.parametrize("chunk", [128, 16, 7])
 def test_causal_performer_is_the_quadratic_form(chunk, monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNK", chunk)

@@ -75,5 +75,6 @@ def causal_sums(by_query, by_key, value, sums: Sums | None = None) -> tuple[torc
 
 
 def _divided(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """0 where nothing is similar at all, which only underflow can bring about."""
-    return numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)
+    """0 where next to nothing is similar, which only underflow can bring about: its gradient would overflow."""
+    similar = denominator > 1e-30
+    return torch.where(similar, numerator / torch.where(similar, denominator, 1), 0)
