@@ -13,7 +13,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "attention.md").read_text(encoding=
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_picture_is_what_a_pattern_sees(name):
-    drawn = picture(name, 1 if name == "strided" else 0)
+    drawn = picture(name)
     section = PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     assert f"```text\n{drawn}\n```" in section
     lines = drawn.splitlines()

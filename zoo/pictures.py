@@ -18,8 +18,13 @@ SHOWN = {
 }  # fmt: skip
 
 
-def picture(name: str, head: int = 0) -> str:
+# of patterns whose heads differ in kind, the one that is not shown elsewhere
+HEADS = {"strided": 1}
+
+
+def picture(name: str) -> str:
     """LENGTH lines of one head, bidirectional and causal."""
+    head = HEADS.get(name, 0)
     positions, sides = torch.arange(LENGTH), []
     for causal in (False, True):
         layer = {"layer": 0} if takes_layer(name) else {}
@@ -30,4 +35,6 @@ def picture(name: str, head: int = 0) -> str:
 
 if __name__ == "__main__":
     for asked in sys.argv[1:] or MASKS:
+        if asked not in SHOWN:
+            raise SystemExit(f"{asked}: no pattern of that name; there are {', '.join(SHOWN)}")
         print(f"{asked} {SHOWN[asked]}\n{picture(asked)}")

@@ -294,7 +294,7 @@ class HeadlessTrainer(ZooTrainer):
 
 
 class _Redraw(TrainerCallback):
-    """New random features after so many steps; which step has which hangs on the seed and its number alone."""
+    """New random features after so many steps, from the generator that a resumed run finds as it was."""
 
     def __init__(self, every: int):
         self.every = every

@@ -205,6 +205,14 @@ def test_linformer_with_a_slot_for_each_token_is_full_attention(sharing, length)
     assert (kernel(q, k, v, SCALING) - softmax(q, k, v)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 33, 64])
+def test_linformer_begins_with_means_of_any_text(length):
+    """Of values that are all one, one: a slot that a short text fills in part is the mean of that part."""
+    q, k, v = draw(length)
+    out = make("linformer")(q, k, torch.ones_like(v), SCALING)
+    assert (out - 1).abs().max() < 1e-12
+
+
 def test_linformer_is_its_formula():
     """arXiv 2006.04768, equation 7."""
     q, k, v = draw(40)

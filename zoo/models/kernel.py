@@ -61,6 +61,10 @@ def attend_in_rows(
 
     state: a `KernelState`, which is read and taken further; its tokens are counted as slots of the padded batch.
     """
+    if state is not None and len(rows.lengths) != rows.batch_size:
+        # of several documents in a row none can be gone on with
+        state.close(rows.length)
+        state = None
     alike = rows.is_grid and kv_rows.is_grid
     if alike:
         grids = [_grid(query, rows), _grid(key, kv_rows), _grid(value, kv_rows)]
@@ -124,8 +128,14 @@ class KernelState(CacheLayerMixin):
         self.cumulative_length += tokens
         return self.keys, self.values
 
+    def close(self, tokens: int) -> None:
+        """Counts tokens of which nothing is kept."""
+        self.cumulative_length += tokens
+
     def sums(self, row: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Those of one row, or of all; None before the first token."""
+        if self.keys is None and self.cumulative_length:
+            raise ValueError("a row of several documents was read: which of them is to be gone on with?")
         if self.keys is None or self.values is None or not self.cumulative_length:
             return None
         rows = slice(None) if row is None else slice(row, row + 1)

@@ -59,18 +59,30 @@ class Linformer(Kernel):
             for projection in (self.key_projection, self.value_projection):
                 init.normal_(projection, std=self.rank**-0.5)
             return
-        # each token goes into one slot; slots differ by one token at most
-        slots = torch.arange(self.max_length) * self.rank // self.max_length
-        means = F.one_hot(slots, self.rank).T.to(self.key_projection)
+        means = F.one_hot(self._slots(self.max_length), self.rank).T.to(self.key_projection)
         means = means / means.sum(1, keepdim=True).clamp(min=1)
         for projection in (self.key_projection, self.value_projection):
             init.copy_(projection, means.expand_as(projection))
+
+    def _slots(self, length: int) -> torch.Tensor:
+        """(length,): each token goes into one slot at the start; slots differ by one token at most."""
+        return torch.arange(length) * self.rank // self.max_length
+
+    def _shares(self, length: int) -> torch.Tensor:
+        """(rank, 1): what makes the sum of a slot that a text fills only in part the mean of that part."""
+        edges = (torch.arange(self.rank + 1) * self.max_length + self.rank - 1) // self.rank
+        whole = edges[1:] - edges[:-1]
+        here = torch.minimum(whole, length - edges[:-1])
+        return torch.where(here > 0, whole / here.clamp(min=1), 1.0).unsqueeze(1)
 
     def forward(self, query, key, value, scaling, dropout=0.0) -> torch.Tensor:
         length = key.shape[2]
         if length > self.max_length:
             raise ValueError(f"{length} tokens: this Linformer takes {self.max_length} at most (linformer.max_length).")
         by_key, by_value = (p[:, :, :length] for p in (self.key_projection, self.value_projection))
+        if self.start == "mean" and length < self.max_length:
+            shares = self._shares(length).to(by_key)
+            by_key, by_value = by_key * shares, by_value * shares
         key, value = by_key.to(key.dtype) @ key, by_value.to(value.dtype) @ value
         reached = (by_key != 0).any(-1).logical_and((by_value != 0).any(-1))[None, :, None]
         # a graph cannot branch on it
