@@ -73,7 +73,7 @@ train:
             "zoo: data no/such-data: not in the cache, and HF_HUB_OFFLINE is set",
         ),
         (["train", "tiny.yaml", "data.columns.label=topic"], 2, "no column 'topic'; it has text, label"),
-        (["train", "tiny.yaml", "model.attention=loca"], 2, "'loca'"),
+        (["train", "tiny.yaml", "model.attention=loca"], 2, "no variant is called loca; did you mean local?"),
         (["train", "tiny.yaml", "task.max_length=1"], 2, "task.max_length: 1"),
         (["train", "tiny.yaml", "model.attn_implementation=flash_attention_2"], 2, "model.attn_implementation: "),
         (["train", "tiny.yaml", "train.fp16=true", "train.eval_steps=3"], 2, "train: refused by transformers: "),

@@ -113,7 +113,7 @@ def test_a_recipe_reads_them(monkeypatch, tmp_path):
     small = recipe.smoke().data.path
     assert "train=50" in small and "max_depth=4" in small
     full = load_recipe("bert/train-listops-lra").smoke().data.path
-    assert full.startswith("generated://listops?") and "train=64" in full and "test=64" in full
+    assert full.startswith("generated://listops?") and "train=512" in full and "test=512" in full
 
 
 REFUSED = [

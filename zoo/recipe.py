@@ -149,7 +149,7 @@ class Recipe(Section):
         """
         data = self.data.model_copy(update={"limit": min(self.data.limit or 64, 64)})
         if (data.path or "").startswith(generated.SCHEME):
-            data = data.model_copy(update={"path": generated.smaller(data.path or "", 64)})
+            data = data.model_copy(update={"path": generated.smaller(data.path or "", 512)})
         for key in ("validation", "test"):
             if isinstance(getattr(data, key), int):
                 data = data.model_copy(update={key: min(getattr(data, key), 16)})
