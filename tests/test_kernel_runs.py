@@ -19,14 +19,14 @@ KERNELS = [
 
 @pytest.mark.parametrize(("name", "kwargs"), KERNELS)
 def test_a_run_of_a_kernel_resumes_and_evaluates(name, kwargs, tiny_bert, r8, tmp_path, monkeypatch):
-    recipe = make_recipe(tiny_bert, r8, attention=name, attention_kwargs={name: kwargs})
+    recipe = make_recipe(tiny_bert, r8, {"max_steps": 4 * SAVE}, attention=name, attention_kwargs={name: kwargs})
     run(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
         begun = StopAtCheckpoint.on_step_end
 
         def end(self, args, state, control, **more):
             begun(self, args, state, control, **more)
-            if state.global_step == 5 * SAVE:
+            if state.global_step == 2 * SAVE:
                 raise KeyboardInterrupt
 
         patch.setattr(StopAtCheckpoint, "on_step_end", end)

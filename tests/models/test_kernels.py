@@ -103,8 +103,8 @@ def test_favors_error_is_that_of_lemma_2(pair):
     """MSE = (1/m) exp(|x + y|^2) SM(x, y)^2 (1 - exp(-|x + y|^2)), so it halves as m doubles."""
     x, y = pair
     exact, size = (x @ y).exp(), (x + y).square().sum()
-    for features in (16, 32, 64):
-        found = (estimates(x, y, features, False, draws=2000) - exact).square().mean()
+    for features in (16, 64):
+        found = (estimates(x, y, features, False, draws=1000) - exact).square().mean()
         expected = size.exp() * exact**2 * (1 - (-size).exp()) / features
         assert 0.75 < found / expected < 1.35, features
 
