@@ -288,7 +288,7 @@ def write_page(page: Path) -> None:
     """Measures all variants, both ways, and writes the tables into a page, and their curves beside it."""
     texts = []
     for causal in (False, True):
-        result = run([], LENGTHS, rounds=5, heads=12, width=64, causal=causal, kwargs={})
+        result = run([], LENGTHS, rounds=3, heads=12, width=64, causal=causal, kwargs={})
         picture = page.with_name(f"{page.stem}-{'causal' if causal else 'bidirectional'}.png")
         draw(result, picture)
         texts.append(f"![curves]({picture.name})\n\n{date.today()}; {table(result)}\n")
