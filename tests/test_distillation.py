@@ -1,6 +1,7 @@
 """What a student learns of its teacher: the losses, however a step is divided, and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 
 from tests.models.tiny import make_inputs, make_pair, native_class
 from tests.tiny_run import make_recipe
-from zoo.distillation import Distillation
+from zoo.distillation import Distillation, load_teacher
 from zoo.errors import UserError
 from zoo.loading import load_model
 from zoo.sections import DistillSection, ModelSection
+from zoo.tasks import task_of
 from zoo.train import run
 
 
@@ -127,6 +129,15 @@ def test_refusals(teacher, tiny_bert, r8, tmp_path):
     }
     small = ModelSection(config=config, tokenizer=str(tiny_bert))
     assert "the teacher's num_hidden_layers is 2, the model's 1" in refused(hidden=1.0, model=small)
+    for name, message in (("T5ForConditionalGeneration", "an encoder and a decoder"), ("regression", "add up to 1")):
+        task = task_of(recipe.task)
+        student = opened(teacher)
+        if name == "regression":
+            task = replace(task, problem_type=name)
+        else:
+            student = make_pair("t5", name, tmp_path / "t5")[0]
+        with pytest.raises(UserError, match=message):
+            load_teacher(DistillSection(teacher=str(teacher)), student, recipe.model, task)
     assert "nowhere" in refused(teacher=str(tmp_path / "nowhere"))
 
 

@@ -88,6 +88,11 @@ def test_healing_takes_another_recipes_training(finished, tmp_path):
     own = transplant.healing_recipe(finished, ["full", "linear"], {}, None, [])
     assert (own.train["num_train_epochs"], own.train["max_steps"]) == (1, -1)
     assert own.name == "tiny-full-linear"
+    keys = ["distill.logits=0.0", "distill.hidden=2.0"]
+    said = transplant.healing_recipe(finished, "linear", {}, None, keys).distill
+    assert (said.labels, said.logits, said.hidden) == (1.0, 0.0, 2.0) and said.teacher == str(finished)
+    with pytest.raises(UserError, match=r"data\.limit: healing does not read it"):
+        transplant.healing_recipe(finished, "linear", {}, None, ["data.limit=3"])
 
 
 def test_refusals_in_words(finished, tmp_path):

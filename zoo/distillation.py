@@ -90,6 +90,12 @@ def load_teacher(section: DistillSection, student: PreTrainedModel, model: Model
     assert section.teacher is not None
     if task.learn is not None:
         raise UserError(f"distill: {task.name} has no answers of a head to learn from; remove the section")
+    if student.config.is_encoder_decoder:
+        raise UserError("distill: a model with an encoder and a decoder learns from no teacher; remove the section")
+    if section.logits and task.problem_type in ("regression", "multi_label_classification"):
+        raise UserError(
+            f"distill.logits: {task.problem_type} has no probabilities that add up to 1; use distill.logits: 0"
+        )
     opened = ModelSection(
         path=section.teacher, implementation=model.implementation, trust_remote_code=model.trust_remote_code
     )

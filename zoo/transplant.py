@@ -5,6 +5,7 @@ head by head, is measured on texts of the model's own data, each layer given wha
 short training that learns from the old model, its answers and the states of its layers (`distill`).
 """
 
+import json
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,6 @@ from zoo.model_directory import RECIPE, Finished, has_variant, open_finished, re
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.sections import DistillSection
-from zoo.tasks import task_of
 from zoo.variants import contradictions
 
 REPORT = "transplant.json"
@@ -93,8 +93,12 @@ def healing_recipe(
 ) -> Recipe:
     """The recipe of a finished run, on its model with another attention, which learns from that model."""
     own = load_recipe(str(directory / RECIPE))
-    with_keys = load_recipe(heal, overrides) if heal is not None else load_recipe(str(directory / RECIPE), overrides)
     asked = {key.partition("=")[0] for key in overrides}
+    for key in asked:
+        if key.partition(".")[0] not in ("train", "distill"):
+            raise UserError(f"{key}: healing does not read it; it takes train and distill")
+    teacher = f"distill.teacher={json.dumps(str(directory))}"
+    with_keys = load_recipe(heal or str(directory / RECIPE), [*overrides, teacher])
     short: dict[str, Any] = {}
     if heal is None and not {"train.num_train_epochs", "train.max_steps"} & asked:
         short = {"num_train_epochs": 1, "max_steps": -1}
@@ -106,8 +110,8 @@ def healing_recipe(
         "path": str(directory), "added_tokens": [], "config": {}, "attention": attention,
         "attention_kwargs": attention_kwargs,
     }  # fmt: skip
-    distill = with_keys.distill
-    said["distill"] = (HEAL if distill == DistillSection() else distill.model_dump()) | {"teacher": str(directory)}
+    plain = with_keys.distill == DistillSection(teacher=str(directory))
+    said["distill"] = with_keys.distill.model_dump() | (HEAL if plain else {})
     return Recipe.model_validate(said)
 
 
@@ -129,11 +133,11 @@ def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Dista
                 # (2, heads)
                 both = torch.stack([(found - wanted).square().sum((0, 2)), wanted.square().sum((0, 2))])
                 squares[place] = squares.get(place, torch.zeros_like(both)) + both
-    for (name, run_number), (difference, size) in squares.items():
+    for (name, turn), (difference, size) in squares.items():
         heads = (difference / size.clamp(min=1e-30)).sqrt()
         whole = float((difference.sum() / size.sum().clamp(min=1e-30)).sqrt())
         # a layer that runs several times (ALBERT) is told apart by its turn
-        yield Distance(name if run_number == 0 else f"{name} (turn {run_number + 1})", whole, heads.tolist())
+        yield Distance(name if turn == 0 else f"{name} (turn {turn + 1})", whole, heads.tolist())
 
 
 def _outputs(model, swapped, names: list[str], batch: dict[str, Any]):
@@ -193,9 +197,7 @@ def _measured(recipe: Recipe, finished: Finished, swapped) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         plain = recipe.model_copy(update={"train": {"per_device_eval_batch_size": 16, "disable_tqdm": False}})
         arguments = train.training_arguments(plain, Path(scratch))
-        trainer = train.build_trainer(
-            recipe, task_of(recipe.task), swapped, finished.processor, arguments, finished.labels
-        )
+        trainer = train.build_trainer(recipe, finished.task, swapped, finished.processor, arguments, finished.labels)
         return trainer.evaluate(_rows(finished), metric_key_prefix="test")
 
 

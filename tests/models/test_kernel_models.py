@@ -10,6 +10,7 @@ from zoo.models.linformer import Linformer
 from zoo.models.masks import document_positions
 
 from .test_parity import assert_close
+from .test_pattern_models import run
 from .test_variants import NO_DROPOUT, OPENED, open_variant
 from .tiny import CONFIGS, PADDING, make_inputs, make_pair, native_class
 
@@ -23,16 +24,6 @@ causal_names = pytest.mark.parametrize("name", CAUSAL)
 
 def variant(name, **fields):
     return {"attention": name, "attention_kwargs": {name: KWARGS[name]}, **fields}
-
-
-def run(native, inputs, ragged):
-    native.set_ragged(ragged)
-    native.zero_grad()
-    loss = native(**inputs).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in native.named_parameters() if p.grad is not None}
-    with torch.no_grad():
-        return native(**{name: x for name, x in inputs.items() if name != "labels"}).logits, loss.detach(), gradients
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ assert KWARGS.keys() == ATTENTIONS.keys()
 
 def make(name, causal=False, **kwargs):
     torch.manual_seed(0)
-    kernel = ATTENTIONS[name](CONFIG, HEADS, WIDTH, 0, causal, **(KWARGS[name] | kwargs))
+    kernel = ATTENTIONS[name](CONFIG, HEADS, WIDTH, causal, **(KWARGS[name] | kwargs))
     kernel.initialise()
     return kernel.double()
 
@@ -74,7 +74,7 @@ def test_linear_attention_is_its_formula(causal, length, monkeypatch):
 
 def estimates(x, y, features, orthogonal, draws=400):
     """(draws,): phi(x) . phi(y), the estimates of exp(x . y)."""
-    kernel = Performer(CONFIG, 1, len(x), 0, True, features=features, orthogonal=orthogonal).double()
+    kernel = Performer(CONFIG, 1, len(x), True, features=features, orthogonal=orthogonal).double()
     found = []
     for seed in range(draws):
         torch.manual_seed(seed)

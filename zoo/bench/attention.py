@@ -133,7 +133,7 @@ def _subject(name: str, length: int, heads: int, width: int, causal: bool, kwarg
     if name in ATTENTIONS:
         config = SimpleNamespace(max_position_embeddings=length)
         ATTENTIONS[name].check(config, **kwargs[name])
-        kernel = ATTENTIONS[name](config, heads, width, 0, causal, **kwargs[name])
+        kernel = ATTENTIONS[name](config, heads, width, causal, **kwargs[name])
         kernel.initialise()
         return _by_head(partial(kernel, scaling=scaling))
     if name == EAGER:

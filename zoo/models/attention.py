@@ -326,7 +326,7 @@ class Attention(nn.Module):
         self.kernel: Kernel | None = None
         if variant in ATTENTIONS:
             kwargs = config.attention_kwargs.get(variant, {})
-            place = config, spec.num_heads, spec.head_dim, layer_idx, self.is_causal
+            place = config, spec.num_heads, spec.head_dim, self.is_causal
             self.kernel = ATTENTIONS[variant](*place, **kwargs)
         self.q_proj = nn.Linear(spec.hidden_size, width, bias=spec.query_key_value_bias)
         self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.query_key_value_bias)

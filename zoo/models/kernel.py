@@ -25,9 +25,9 @@ class Kernel(nn.Module):
     # parameters that all layers of a stack have in common
     of_model: tuple[str, ...] = ()
 
-    def __init__(self, config: Any, heads: int, head_dim: int, layer: int, is_causal: bool):
+    def __init__(self, config: Any, heads: int, head_dim: int, is_causal: bool):
         super().__init__()
-        self.heads, self.head_dim, self.layer, self.is_causal = heads, head_dim, layer, is_causal
+        self.heads, self.head_dim, self.is_causal = heads, head_dim, is_causal
 
     @staticmethod
     def check(config: Any) -> None:

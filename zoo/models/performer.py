@@ -23,7 +23,8 @@ class Performer(LinearAttention):
 
     def __init__(self, *place, features: int = 256, orthogonal: bool = True, redraw: int | None = None):
         super().__init__(*place)
-        self.count, self.orthogonal, self.redraw = features, orthogonal, redraw
+        # redraw is for whoever counts the steps, and reads it in the config
+        self.count, self.orthogonal = features, orthogonal
         # saved with the model: other features are another model
         self.register_buffer("projection", torch.empty(features, self.head_dim))
 
