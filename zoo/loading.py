@@ -125,6 +125,8 @@ def load_model(
         # a variant's checkpoint keeps its own attention unless the recipe names another
         changes |= {field: getattr(section, field) for field in section.attentions}
         changes["attention_kwargs"] = section.attention_kwargs
+    if section.block is not None:
+        changes["block"] = section.block.model_dump(exclude_none=True)
     model = _fresh(section, auto_class, changes, processor) if section.path is None else None
     model = model or _trained(section, section.path or "", auto_class, changes, whole)
     if section.implementation == "native":

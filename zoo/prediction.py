@@ -21,6 +21,7 @@ from zoo.images import image_column
 from zoo.model_directory import Finished, open_finished
 from zoo.reading import read_rows
 from zoo.task_types import TASK_TYPES
+from zoo.tasks.base import position_count
 from zoo.tasks.instruction_tuning import chat_ids
 
 SHOW_BAR_AFTER_SECONDS = 2
@@ -94,7 +95,7 @@ def _rows(finished: Finished, file: Path) -> list[dict[str, Any]]:
 def _check_room(finished: Finished, texts: Sequence[Any]) -> None:
     """Raises UserError for a text that leaves a decoder no positions to write at; encoders get texts that are cut."""
     tokenizer: Any = finished.processor
-    config, positions = finished.model.config, getattr(finished.model.config, "max_position_embeddings", None)
+    config, positions = finished.model.config, position_count(finished.model)
     if positions is None or config.is_encoder_decoder:
         return
     new = getattr(finished.model.generation_config, "max_new_tokens", None) or 1

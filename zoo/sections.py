@@ -61,6 +61,19 @@ class TokenizerSection(Section):
             yield ("byte_fallback",), f"{self.type}: {why}; use type: t5 or albert, or remove the key"
 
 
+class BlockSection(Section):
+    """What a model from random weights has in place of its family's own block; `docs/blocks.md`."""
+
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    norm_place: Literal["pre", "post", "sandwich"] | None = None
+    feed_forward: Literal["gelu", "relu", "silu", "geglu", "reglu", "swiglu"] | None = None
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "buckets", "none"] | None = None
+    rope_theta: float | None = Field(default=None, gt=0)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    qk_norm: bool | None = None
+    parallel: bool | None = None
+
+
 class ModelSection(Section):
     """Which checkpoint, run by whom, with which attention. `config` overrides the model's own config fields.
 
@@ -87,6 +100,7 @@ class ModelSection(Section):
     decoder_attention: Attentions | None = None
     cross_attention: Text | None = None
     attention_kwargs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    block: BlockSection | None = None
     attn_implementation: Text | None = None
     ragged: Literal["auto", "on", "off"] = "auto"
     trust_remote_code: bool = False
@@ -119,12 +133,16 @@ class ModelSection(Section):
             if self.implementation == "official" and set(names) != {"full"}:
                 yield (field,), "official classes know full attention only; use implementation: native"
         yield from of_variants(attentions, self.attention_kwargs)
+        if self.block is not None and self.path is not None:
+            yield ("block",), "a checkpoint keeps the blocks that its weights are of; a block is for random weights"
+        if self.block is not None and self.implementation == "official":
+            yield ("block",), "official classes have blocks of their own; use implementation: native"
         if self.implementation == "official" and self.ragged == "on":
             yield ("ragged",), "official classes always run padded; use implementation: native, or ragged: auto"
         if self.implementation == "native" and self.trust_remote_code:
             yield ("trust_remote_code",), "native classes run no code of a checkpoint; use implementation: official"
         for name in self.config:
-            if name == "attention_kwargs" or name in ATTENTION_FIELDS:
+            if name in ("attention_kwargs", "block", *ATTENTION_FIELDS):
                 yield ("config", name), f"write it as model.{name}"
         yield from revision_contradiction(self.path or borrowed or "", self.revision)
 

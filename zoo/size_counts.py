@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zoo.files import write_json
 from zoo.fresh import fresh_config
 from zoo.models import FAMILIES
-from zoo.models.blocks import BlockSpec
+from zoo.models.spec import BlockSpec
 from zoo.models.t5_stack import block_spec as t5_spec
 from zoo.sizes import SIZES
 

@@ -12,8 +12,9 @@ from transformers import BertConfig, GPT2Config, RobertaConfig, T5Config
 from transformers.core_model_loading import revert_weight_conversion
 
 import zoo.models.linear
-from zoo.models.blocks import Block, BlockSpec
+from zoo.models.blocks import Block
 from zoo.models.modeling_bert import block_spec as bert_spec
+from zoo.models.spec import BlockSpec
 
 from .tiny import native_class
 

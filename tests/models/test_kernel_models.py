@@ -186,7 +186,7 @@ REFUSED = [
     ("gpt2", variant("linformer"), "linformer cannot be causal.*; patterns can, and performer"),
     ("gpt2", variant("nystrom", attention=["full", "nystrom"]), "attention: nystrom cannot be causal"),
     ("bert", variant("linformer", is_decoder=True), "linformer cannot be causal"),
-    ("t5", variant("performer"), "performer has no scores to which T5's position bias could be added"),
+    ("t5", variant("performer"), "performer has no scores to which a position bias could be added"),
     ("t5", {"decoder_attention": "nystrom"}, "decoder_attention: nystrom cannot be causal"),
     ("t5", {"cross_attention": "block", "attention_kwargs": {"block": {"size": 2}}}, "block relates tokens of one"),
     ("t5", {"cross_attention": "nystrom"}, "nystrom relates tokens of one text; full does not, nor do linformer"),

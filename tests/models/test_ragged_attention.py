@@ -12,11 +12,11 @@ from torch import nn
 from zoo.models import masks
 from zoo.models import ragged_attention as ragged_attention_module
 from zoo.models.attention import Attention
-from zoo.models.blocks import BlockSpec
 from zoo.models.dropout import keep_mask
 from zoo.models.masks import CAUSAL, DocumentMask, local
 from zoo.models.ragged import Packing
 from zoo.models.ragged_attention import first_token_attention, ragged_attention
+from zoo.models.spec import BlockSpec
 
 from .tiny import PADDING
 

@@ -50,6 +50,12 @@ def open_variant(family, official, directory, fields):
     return native_class(family, official).from_pretrained(directory, config=config).eval()
 
 
+def make_native(family, official, directory, fields):
+    """With the config of a directory, and weights of its own."""
+    native = native_class(family, official)
+    return native(native.config_class.from_pretrained(directory, **fields)).eval()
+
+
 def visible(mask, name: str, causal: bool) -> torch.Tensor:
     """(batch, 1, queries, keys): key by key, in the words of the definition."""
     batch, length = mask.shape
@@ -301,10 +307,16 @@ def test_a_variant_opens_where_this_package_is_not(tmp_path):
         (f"bert-{name}", "bert", {"attention": name, "attention_kwargs": {name: kwargs}}) for name, kwargs in KERNELS
     ]
     saved.append(("gpt2-performer", "gpt2", {"attention": "performer"}))
+    saved += [
+        ("gpt2-block", "gpt2", {"block": {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rotary"}}),
+        ("bert-block", "bert", {"block": {"norm_place": "sandwich", "positions": "alibi", "qk_norm": True}}),
+    ]
     for name, family, fields in saved:
         official, auto = OPENED[family]
         make_pair(family, official, tmp_path / "official" / name)
-        native = open_variant(family, official, tmp_path / "official" / name, fields)
+        native = (make_native if "block" in fields else open_variant)(
+            family, official, tmp_path / "official" / name, fields
+        )
         directory = tmp_path / "saved" / name
         native.save_pretrained(directory)
         inputs = make_inputs(family, official, "right")
@@ -312,7 +324,7 @@ def test_a_variant_opens_where_this_package_is_not(tmp_path):
         with torch.no_grad():
             loss, logits = native(**inputs, labels=labels).loss, native(**inputs).logits
             torch.save((inputs, labels, loss, logits), directory / "expected.pt")
-        directories[str(directory)] = auto, fields["attention"]
+        directories[str(directory)] = auto, native.config.attention
     (tmp_path / "empty").mkdir()
     # no package of ours, whatever the environment has installed and however
     blocked = textwrap.dedent("""

@@ -34,8 +34,10 @@ from .masks import (
 )
 from .nystrom import Nystrom
 from .performer import Performer
+from .positions import rotate
 from .ragged import Packing, cached_tokens
 from .ragged_attention import first_token_attention, ragged_attention
+from .spec import check_block, positions_of
 
 FULL = "full"
 
@@ -56,8 +58,11 @@ def check_variant(config) -> None:
             if is_causal and not ATTENTIONS[name].causal:
                 able = ", ".join(name for name, kernel in ATTENTIONS.items() if kernel.causal)
                 raise ValueError(f"{field}: {name} cannot be causal, and a decoder must be; patterns can, and {able}.")
-            if hasattr(config, "relative_attention_num_buckets"):
-                raise ValueError(f"{field}: {name} has no scores to which T5's position bias could be added.")
+            if positions_of(config) in ("alibi", "buckets"):
+                raise ValueError(
+                    f"{field}: {name} has no scores to which a position bias could be added; with "
+                    "block.positions: rotary, sinusoidal or none it can be."
+                )
             if len(names) > 1 and hasattr(config, "num_hidden_groups"):
                 raise ValueError(f"{field}: the layers of ALBERT are one; name {name} alone.")
     cross = getattr(config, "cross_attention", FULL)
@@ -70,6 +75,7 @@ def check_variant(config) -> None:
     if config.attention_kwargs.get(FULL):
         raise ValueError(f"attention_kwargs.{FULL}: full attention has no parameters.")
     used = {name for _, names, _ in _self_attentions(config) for name in names} | {cross}
+    check_block(config, {name for _, names, _ in _self_attentions(config) for name in names if name in ATTENTIONS})
     for name in config.attention_kwargs:
         if name not in used:
             raise ValueError(f"attention_kwargs has an entry for {name!r}, but attention is {config.attention!r}.")
@@ -193,6 +199,15 @@ class LayerMasks:
     def of_layer(self, layer_idx: int) -> "torch.Tensor | DocumentMask | InRows | None":
         """What `Attention` takes: a grid mask of transformers' form, or what packed rows have in common."""
         return self._made[self._name(layer_idx)]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether every layer's pattern is computed in blocks, so that none looks at all pairs."""
+        return all(
+            isinstance(mask, InRows)
+            or (isinstance(mask, DocumentMask) and not mask.causal and mask.length >= BLOCKED_FROM)
+            for mask in self._made.values()
+        )
 
     def by_kernel(self, layer_idx: int) -> bool:
         """Whether a layer has its own maths, which may need every query."""
@@ -332,33 +347,40 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.query_key_value_bias)
         self.v_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.query_key_value_bias)
         self.o_proj = nn.Linear(width, spec.hidden_size, bias=spec.bias)
+        # Query-Key Normalization, arXiv 2010.04245, by RMSNorm and a scale for each feature, as in Qwen3 and Gemma3
+        norm = partial(nn.RMSNorm, spec.head_dim, eps=spec.norm_eps) if spec.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | DocumentMask | InRows | None = None,
-        position_bias: torch.Tensor | None = None,
+        position_bias: torch.Tensor | nn.Module | None = None,
         key_value_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         packing: Packing | None = None,
         kv_packing: Packing | None = None,
         first_only: bool = False,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kv_packing = kv_packing or packing
-        query = self._heads(linear(self.q_proj, hidden_states))
+        query = self.q_norm(self._heads(linear(self.q_proj, hidden_states)))
+        query = query if rotary is None else rotate(query, rotary)
         dropout = self._dropout()
         memory = key_value_states
         if self.kernel is not None and not self.is_cross_attention:
             rows: Any = attention_mask
-            output = self._by_kernel(query, hidden_states, rows.packing, packing is not None, past_key_values)
+            key, value = self._made_from(hidden_states, rotary)
+            output = self._by_kernel(query, key, value, rows.packing, packing is not None, past_key_values)
             return linear(self.o_proj, output.flatten(-2)), None
         if first_only and memory is not None and kv_packing is not None and self._may_skip_keys(attention_mask):
             output = first_token_attention(
                 query, memory, kv_packing, self.k_proj, self.v_proj, scaling=self.scaling, dropout=dropout
             )
             return linear(self.o_proj, output.flatten(1)), None
-        key, value = self._keys_and_values(hidden_states if memory is None else memory, past_key_values, kv_packing)
+        states = hidden_states if memory is None else memory
+        key, value = self._keys_and_values(states, past_key_values, kv_packing, rotary)
         if self.kernel is not None:
             output = self._across_by_kernel(query, key, value, attention_mask, packing, kv_packing)
             return linear(self.o_proj, output.flatten(-2)), None
@@ -383,12 +405,11 @@ class Attention(nn.Module):
         """(tokens, heads, head_dim) of each row by itself."""
         if self.num_key_value_groups > 1:
             key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
-        bias = None if position_bias is None else position_bias[0]
+        bias = position_bias[0] if isinstance(position_bias, torch.Tensor) else position_bias
         return ragged_attention(query, key, value, packing, kv_packing, mask=mask, position_bias=bias, **settings)
 
-    def _by_kernel(self, query, states, rows: Packing, packed: bool, past_key_values: Cache | None) -> torch.Tensor:
-        """Self-attention, (tokens, heads, head_dim) or (batch, length, heads, head_dim), as the states are."""
-        key, value = (self._heads(linear(layer, states)) for layer in (self.k_proj, self.v_proj))
+    def _by_kernel(self, query, key, value, rows: Packing, packed: bool, past_key_values: Cache | None) -> torch.Tensor:
+        """Self-attention, (tokens, heads, head_dim) or (batch, length, heads, head_dim), as what is given is packed."""
         if not packed:
             query, key, value = (rows.pack(x.transpose(1, 2)) for x in (query, key, value))
         if self.num_key_value_groups > 1:
@@ -420,7 +441,7 @@ class Attention(nn.Module):
 
     def _may_skip_keys(self, attention_mask: torch.Tensor | DocumentMask | InRows | None) -> bool:
         """Whether full attention of one query a row needs nothing of the key and value layers but their weights."""
-        plain = is_plain(self.k_proj) and is_plain(self.v_proj)
+        plain = is_plain(self.k_proj) and is_plain(self.v_proj) and isinstance(self.k_norm, nn.Identity)
         return plain and attention_mask is None and self.num_key_value_groups == 1
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -428,10 +449,18 @@ class Attention(nn.Module):
         split = projected.unflatten(-1, (-1, self.head_dim))
         return split if split.ndim == 3 else split.transpose(1, 2)
 
-    def _keys_and_values(self, states: torch.Tensor, past_key_values: Cache | None, packing: Packing | None):
-        """Projects `states` and keeps or takes them from the cache, which is always padded."""
+    def _made_from(self, states: torch.Tensor, rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, normed and turned as their positions ask, and values of states, as `_heads` has them."""
+        key, value = (self._heads(linear(layer, states)) for layer in (self.k_proj, self.v_proj))
+        key = self.k_norm(key)
+        return key if rotary is None else rotate(key, rotary), value
+
+    def _keys_and_values(
+        self, states: torch.Tensor, past_key_values: Cache | None, packing: Packing | None, rotary=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of `states`, which are kept in the cache or taken from it; it is always padded."""
         if past_key_values is None:
-            return self._heads(linear(self.k_proj, states)), self._heads(linear(self.v_proj, states))
+            return self._made_from(states, rotary)
         cache: Any = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.self_attention_cache
@@ -440,7 +469,7 @@ class Attention(nn.Module):
             if past_key_values.is_updated.get(self.layer_idx):
                 return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
             past_key_values.is_updated[self.layer_idx] = True
-        key, value = self._heads(linear(self.k_proj, states)), self._heads(linear(self.v_proj, states))
+        key, value = self._made_from(states, rotary)
         if packing is None:
             key, value = cache.update(key, value, self.layer_idx)
         else:

@@ -15,10 +15,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LayerMasks, cross_mask
-from .blocks import Block
+from .blocks import Block, make_final_norm
 from .embeddings import positions_from
+from .positions import bias_of_pass, make_bias, make_rotary
 from .pretrained import ZooPreTrainedModel
 from .ragged import PLAN, Packing, cached_tokens, first_tokens, unpack_output
+from .spec import BlockSpec
 
 # a class without a config of its own would take part in transformers' guesses at it
 if TYPE_CHECKING:
@@ -30,17 +32,25 @@ else:
 class EncoderModel(_Base):
     """Goes before a family's base class in the bases of its model, which sets `embeddings`, `layers` and `pooler`.
 
-    Its blocks run in the order of `layers_in_order`; `projection` is what leads from the embeddings to the first.
+    Its blocks run in the order of `layers_in_order`; `projection` is what leads from the embeddings to the first, and
+    `add_around` makes what `config.block` puts around them.
     """
 
     embeddings: nn.Module
     layers: nn.ModuleList
     pooler: nn.Module | None
     projection: nn.Module | None
+    final_norm: nn.Module | None
+    position_bias: nn.Module | None
+    rotary: nn.Module | None
 
     def __init__(self, config):
         super().__init__(config)
         self.pooler = self.projection = None
+
+    def add_around(self, spec: BlockSpec) -> None:
+        self.final_norm = make_final_norm(spec)
+        self.position_bias, self.rotary = make_bias(self.config, spec), make_rotary(spec)
 
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
@@ -126,11 +136,13 @@ class EncoderModel(_Base):
         if packing is not None:
             embedded = [None if x is None else packing.pack(x) for x in embedded]
         hidden_states = self.embeddings(*embedded)
+        rotary = None if self.rotary is None else self.rotary(embedded[-1])
         if self.projection is not None:
             hidden_states = self.projection(hidden_states)
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, causal, grid, attention_mask, self_cache, packing)
+        position_bias = bias_of_pass(self.position_bias, inputs, self_cache, hidden_states.dtype, masks.in_blocks)
         in_rows = packing is not None and packing.per_sequence
         memory_mask = None
         if encoder_hidden_states is not None and encoder_attention_mask is not None and not in_rows:
@@ -141,7 +153,8 @@ class EncoderModel(_Base):
         layers = list(self.layers_in_order())
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         first_only = pooled_only and in_rows and not causal and (recorded is None or recorded is False)
-        first_only = first_only and not masks.by_kernel(len(layers) - 1)
+        # a first token alone has neither the positions of the others nor their place in a bias
+        first_only = first_only and not masks.by_kernel(len(layers) - 1) and rotary is None and position_bias is None
         if self_cache is not None and len({layer.self_attn.layer_idx for layer in layers}) < len(layers):
             raise ValueError(
                 "a layer that runs more than once (ALBERT) has no place for cached keys: past_key_values, and prefix "
@@ -149,10 +162,12 @@ class EncoderModel(_Base):
             )
         for index, layer in enumerate(layers):
             hidden_states = layer(
-                hidden_states, masks.of_layer(index), None, encoder_hidden_states,
+                hidden_states, masks.of_layer(index), position_bias, encoder_hidden_states,
                 encoder_attention_mask=memory_mask, encoder_packing=encoder_packing, past_key_values=past_key_values,
-                packing=packing, first_only=first_only and index == len(layers) - 1, **kwargs,
+                packing=packing, first_only=first_only and index == len(layers) - 1, rotary=rotary, **kwargs,
             )  # fmt: skip
+        if self.final_norm is not None:
+            hidden_states = self.final_norm(hidden_states)
         pooled = None
         if self.pooler is not None or pooled_only:
             pooled = hidden_states if first_only else first_tokens(hidden_states, packing)

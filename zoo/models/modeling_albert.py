@@ -12,7 +12,7 @@ from transformers.models.albert.configuration_albert import AlbertConfig
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .blocks import Block, BlockSpec, make_activation
+from .blocks import Block, make_activation
 from .dropout import Dropout
 from .embeddings import BertEmbeddings
 from .encoder import EncoderModel
@@ -35,6 +35,7 @@ from .pretrained import (
     register_key_map,
 )
 from .ragged import recorded
+from .spec import BlockSpec, with_options
 
 KEY_MAP = [
     *OLD_NORM_NAMES,
@@ -67,7 +68,7 @@ class ZooAlbertConfig(VariantConfig, AlbertConfig):
 
 
 def block_spec(config: AlbertConfig) -> BlockSpec:
-    return BlockSpec(
+    own = BlockSpec(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
@@ -79,6 +80,7 @@ def block_spec(config: AlbertConfig) -> BlockSpec:
         # the official class has none behind a feed-forward
         hidden_dropout=0.0,
     )
+    return with_options(config, own)
 
 
 class ZooAlbertPreTrainedModel(ZooPreTrainedModel):
@@ -126,6 +128,7 @@ class ZooAlbertModel(EncoderModel, ZooAlbertPreTrainedModel):
         self.projection = nn.Linear(config.embedding_size, config.hidden_size)
         spec = block_spec(config)
         self.groups = nn.ModuleList(AlbertGroup(config, spec) for _ in range(config.num_hidden_groups))
+        self.add_around(spec)
         self.pooler = AlbertPooler(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.post_init()
 

@@ -18,7 +18,7 @@ from transformers.models.bert.configuration_bert import BertConfig
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .blocks import Block, BlockSpec
+from .blocks import Block
 from .embeddings import BertEmbeddings
 from .encoder import EncoderModel
 from .encoder_heads import (
@@ -41,6 +41,7 @@ from .pretrained import (
     register_key_map,
 )
 from .ragged import recorded
+from .spec import BlockSpec, with_options
 
 KEY_MAP = [
     *OLD_NORM_NAMES,
@@ -83,7 +84,7 @@ class ZooBertConfig(VariantConfig, BertConfig):
 
 
 def block_spec(config: BertConfig) -> BlockSpec:
-    return BlockSpec(
+    own = BlockSpec(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
@@ -95,6 +96,7 @@ def block_spec(config: BertConfig) -> BlockSpec:
         attention_dropout=config.attention_probs_dropout_prob,
         hidden_dropout=config.hidden_dropout_prob,
     )
+    return with_options(config, own)
 
 
 class ZooBertPreTrainedModel(ZooPreTrainedModel):
@@ -127,6 +129,7 @@ class ZooBertModel(EncoderModel, ZooBertPreTrainedModel):
         self.embeddings = BertEmbeddings(config)
         spec = block_spec(config)
         self.layers = nn.ModuleList(Block(config, spec, index) for index in range(config.num_hidden_layers))
+        self.add_around(spec)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
 

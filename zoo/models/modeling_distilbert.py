@@ -9,9 +9,9 @@ from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
 
-from .blocks import Block, BlockSpec, make_activation
+from .blocks import Block, make_activation
 from .dropout import Dropout
-from .embeddings import DistilBertEmbeddings, sinusoids
+from .embeddings import DistilBertEmbeddings
 from .encoder import EncoderModel
 from .encoder_heads import (
     EncoderHead,
@@ -21,6 +21,7 @@ from .encoder_heads import (
     SequenceClassification,
     TokenClassification,
 )
+from .positions import sinusoids
 from .pretrained import (
     OLD_NORM_NAMES,
     RECORDED_BY_ENCODERS,
@@ -29,6 +30,7 @@ from .pretrained import (
     check_heads,
     register_key_map,
 )
+from .spec import BlockSpec, with_options
 
 NORM_EPS = 1e-12
 
@@ -58,7 +60,7 @@ class ZooDistilBertConfig(VariantConfig, DistilBertConfig):
 
 
 def block_spec(config: DistilBertConfig) -> BlockSpec:
-    return BlockSpec(
+    own = BlockSpec(
         hidden_size=config.dim,
         num_heads=config.n_heads,
         head_dim=config.dim // config.n_heads,
@@ -70,6 +72,7 @@ def block_spec(config: DistilBertConfig) -> BlockSpec:
         # the official class has none there
         attention_output_dropout=0.0,
     )
+    return with_options(config, own)
 
 
 class ZooDistilBertPreTrainedModel(ZooPreTrainedModel):
@@ -94,9 +97,10 @@ class ZooDistilBertPreTrainedModel(ZooPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, DistilBertEmbeddings) and self.config.sinusoidal_pos_embds:
-            positions = module.position_embeddings.weight
-            init.copy_(positions, sinusoids(*positions.shape).to(positions))
+        learned = isinstance(module, DistilBertEmbeddings) and isinstance(module.position_embeddings, nn.Embedding)
+        if learned and self.config.sinusoidal_pos_embds:
+            rows = module.position_embeddings.weight
+            init.copy_(rows, sinusoids(torch.arange(len(rows), device=rows.device), rows.shape[1]).to(rows))
 
 
 class ZooDistilBertModel(EncoderModel, ZooDistilBertPreTrainedModel):
@@ -107,6 +111,7 @@ class ZooDistilBertModel(EncoderModel, ZooDistilBertPreTrainedModel):
         self.embeddings = DistilBertEmbeddings(config, NORM_EPS)
         spec = block_spec(config)
         self.layers = nn.ModuleList(Block(config, spec, index) for index in range(config.n_layers))
+        self.add_around(spec)
         self.post_init()
 
 

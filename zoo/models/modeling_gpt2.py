@@ -24,11 +24,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LayerMasks
-from .blocks import Block, BlockSpec
+from .blocks import Block, make_final_norm
 from .dropout import Dropout
-from .embeddings import look_up, positions_from
+from .embeddings import add_positions, look_up, make_positions, positions_from
 from .heads import classification_loss, next_token_labels, span_answer, token_answer, token_loss
 from .losses import linear_cross_entropy
+from .positions import bias_of_pass, make_bias, make_rotary
 from .pretrained import VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
 from .ragged import (
     PLAN,
@@ -40,6 +41,7 @@ from .ragged import (
     unpack_output,
     unpack_states,
 )
+from .spec import BlockSpec, with_options
 
 # official linear layers are Conv1D, whose weights are (in, out), with q, k and v in one
 KEY_MAP = [
@@ -74,6 +76,7 @@ class ZooGPT2Config(VariantConfig, GPT2Config):
     """`GPT2Config` and the attention variant."""
 
     model_type = "zoo_gpt2"
+    own_norm_place: ClassVar[str] = "pre"
     always_causal: ClassVar[bool] = True
 
     def validate_architecture(self):
@@ -88,7 +91,7 @@ def block_spec(config: GPT2Config, layer_idx: int) -> BlockSpec:
     scaling = head_dim**-0.5 if config.scale_attn_weights else 1.0
     if config.scale_attn_by_inverse_layer_idx:
         scaling /= layer_idx + 1
-    return BlockSpec(
+    own = BlockSpec(
         hidden_size=config.n_embd,
         num_heads=config.n_head,
         head_dim=head_dim,
@@ -101,6 +104,7 @@ def block_spec(config: GPT2Config, layer_idx: int) -> BlockSpec:
         attention_dropout=config.attn_pdrop,
         hidden_dropout=config.resid_pdrop,
     )
+    return with_options(config, own)
 
 
 class ZooGPT2PreTrainedModel(ZooPreTrainedModel):
@@ -132,10 +136,12 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
     def __init__(self, config: ZooGPT2Config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wpe = make_positions(config, config.n_positions, config.n_embd)
         self.drop = Dropout(config.embd_pdrop)
+        spec = block_spec(config, 0)
         self.layers = nn.ModuleList(Block(config, block_spec(config, index), index) for index in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = make_final_norm(spec) or nn.Identity()
+        self.position_bias, self.rotary = make_bias(config, spec), make_rotary(spec)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -201,17 +207,20 @@ class ZooGPT2Model(ZooGPT2PreTrainedModel):
                 None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds, token_type_ids, position_ids)
             )
         words = look_up(self.wte, input_ids, "token id", "vocab_size") if inputs_embeds is None else inputs_embeds
-        hidden_states = words + look_up(self.wpe, position_ids, "position", "max_position_embeddings")
+        hidden_states = add_positions(words, self.wpe, position_ids)
+        rotary = None if self.rotary is None else self.rotary(position_ids)
         if token_type_ids is not None:
             hidden_states = hidden_states + look_up(self.wte, token_type_ids, "token type", "vocab_size")
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, True, grid, attention_mask, given_cache, packing, given_positions)
+        position_bias = bias_of_pass(self.position_bias, inputs, past_key_values, hidden_states.dtype, masks.in_blocks)
         hidden_states = self.drop(hidden_states)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
-                hidden_states, masks.of_layer(index), past_key_values=past_key_values, packing=packing, **kwargs
-            )
+                hidden_states, masks.of_layer(index), position_bias, past_key_values=past_key_values, packing=packing,
+                rotary=rotary, **kwargs,
+            )  # fmt: skip
         return BaseModelOutputWithPastAndCrossAttentions(
             self.ln_f(hidden_states), past_key_values if use_cache else None
         )

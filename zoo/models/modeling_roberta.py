@@ -67,6 +67,7 @@ class ZooRobertaModel(EncoderModel, ZooRobertaPreTrainedModel):
         self.embeddings = BertEmbeddings(config, padding_position=config.pad_token_id)
         spec = block_spec(config)  # type: ignore[arg-type]  # which has the fields of BERT's
         self.layers = nn.ModuleList(Block(config, spec, index) for index in range(config.num_hidden_layers))
+        self.add_around(spec)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
 

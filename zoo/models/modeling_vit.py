@@ -7,6 +7,7 @@ sizes in one batch are packed in the same way.
 from .versions import checked  # noqa: F401  isort: skip  (first: other versions fail in riddles further down)
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -23,11 +24,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LayerMasks
-from .blocks import Block, BlockSpec, make_activation
+from .blocks import Block, make_activation, make_final_norm
 from .heads import classification_loss
 from .patches import PatchEmbeddings
 from .pretrained import RECORDED_BY_ENCODERS, VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
 from .ragged import first_tokens, unpack_output, zero_padding
+from .spec import BlockSpec, with_options
 
 KEY_MAP = [
     WeightRenaming("encoder.layer", "layers"),
@@ -47,6 +49,7 @@ class ZooViTConfig(VariantConfig, ViTConfig):
     """`ViTConfig` and the attention variant."""
 
     model_type = "zoo_vit"
+    own_norm_place: ClassVar[str] = "pre"
 
     def validate_architecture(self):
         check_heads(self, "hidden_size", "num_attention_heads")
@@ -54,7 +57,7 @@ class ZooViTConfig(VariantConfig, ViTConfig):
 
 
 def block_spec(config: ViTConfig) -> BlockSpec:
-    return BlockSpec(
+    own = BlockSpec(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
@@ -66,6 +69,7 @@ def block_spec(config: ViTConfig) -> BlockSpec:
         attention_dropout=config.attention_probs_dropout_prob,
         hidden_dropout=config.hidden_dropout_prob,
     )
+    return with_options(config, own)
 
 
 class ZooViTPreTrainedModel(ZooPreTrainedModel):
@@ -88,6 +92,8 @@ class ZooViTPreTrainedModel(ZooPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PatchEmbeddings):
             for parameter in (module.position_embeddings, module.cls_token):
+                if parameter is None:
+                    continue
                 init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
@@ -113,7 +119,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
         self.embeddings = PatchEmbeddings(config, use_mask_token)
         spec = block_spec(config)
         self.layers = nn.ModuleList(Block(config, spec, index) for index in range(config.num_hidden_layers))
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = make_final_norm(spec) or nn.Identity()
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
 

@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .dropout import Dropout
+from .positions import sinusoids
+from .spec import positions_of
 
 
 def as_pair(size) -> tuple[int, int]:
@@ -42,7 +44,9 @@ class PatchEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = Patches(config)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, patches + 1, config.hidden_size))
+        self.kind, self.width = positions_of(config), config.hidden_size
+        learned = torch.zeros(1, patches + 1, config.hidden_size)
+        self.position_embeddings = nn.Parameter(learned) if self.kind == "learned" else None
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -57,7 +61,8 @@ class PatchEmbeddings(nn.Module):
             embeddings = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token, embeddings)
         embeddings = torch.cat((self.cls_token.expand(len(embeddings), -1, -1), embeddings), dim=1)
         height, width = pixel_values.shape[2:]
-        return self.dropout(embeddings + self.positions(height, width))
+        positions = self.positions(height, width)
+        return self.dropout(embeddings if positions is None else embeddings + positions)
 
     def of_sizes(self, images: Sequence[torch.Tensor], interpolate: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (channels, height, width), each of its own size -> (batch, longest, hidden), 0 behind the shorter.
@@ -105,11 +110,17 @@ class PatchEmbeddings(nn.Module):
         if any(pixels < patch for pixels, patch in zip(size, self.patch_size, strict=True)):
             raise ValueError(f"images of {size[0]} x {size[1]} pixels are smaller than a patch, {self.patch_size}.")
 
-    def positions(self, height: int, width: int) -> torch.Tensor:
-        """(1, 1 + patches, hidden) for images of this size, those of the trained size interpolated bicubically."""
-        if (height, width) == self.image_size:
-            return self.position_embeddings
+    def positions(self, height: int, width: int) -> torch.Tensor | None:
+        """(1, 1 + patches, hidden) for images of this size, those of the trained size interpolated bicubically.
+
+        Sinusoids are of the order in which patches are read (appendix D.4: one dimension does as well as two).
+        """
         wanted = (height // self.patch_size[0], width // self.patch_size[1])
+        if self.kind == "sinusoidal":
+            order = torch.arange(wanted[0] * wanted[1] + 1, device=self.cls_token.device)
+            return sinusoids(order, self.width).unsqueeze(0).to(self.cls_token.dtype)
+        if self.position_embeddings is None or (height, width) == self.image_size:
+            return self.position_embeddings
         return resized(self.position_embeddings, self.grid, wanted)
 
     @property
@@ -131,6 +142,8 @@ def resize_positions(model: PreTrainedModel, size: tuple[int, int]) -> None:
     for module in model.modules():
         if isinstance(module, PatchEmbeddings):
             grid, module.image_size = module.grid, size
+            if module.position_embeddings is None:
+                continue
             with torch.no_grad():
                 module.position_embeddings = nn.Parameter(resized(module.position_embeddings, grid, module.grid))
     model.config.image_size = size[0] if size[0] == size[1] else list(size)

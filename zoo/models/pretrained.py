@@ -23,7 +23,8 @@ from .performer import Performer
 from .ragged import RaggedMixin
 
 # fields that only our configs have
-ZOO_FIELDS = ("attention", "attention_kwargs", "cross_attention", "encoder_attention", "decoder_attention")
+ZOO_FIELDS = ("attention", "attention_kwargs", "cross_attention", "encoder_attention", "decoder_attention", "block")
+ATTENTION_FIELDS = ("attention", "cross_attention", "encoder_attention", "decoder_attention")
 
 
 class LoadRenaming(WeightRenaming):
@@ -51,10 +52,10 @@ def register_key_map(class_names: list[str], key_map: list) -> None:
 
 
 def is_standard(config: PreTrainedConfig) -> bool:
-    """Whether the official class computes the same: full attention in every layer."""
-    fields = (getattr(config, name, None) for name in ZOO_FIELDS if name != "attention_kwargs")
+    """Whether the official class computes the same: full attention in every layer, and the family's own blocks."""
+    fields = (getattr(config, name, None) for name in ATTENTION_FIELDS)
     names = [name for field in fields if field is not None for name in ([field] if isinstance(field, str) else field)]
-    return all(name == FULL for name in names)
+    return all(name == FULL for name in names) and not getattr(config, "block", None)
 
 
 def check_heads(config: PreTrainedConfig, width: str, heads: str) -> None:
@@ -80,7 +81,11 @@ class VariantConfig(PreTrainedConfig):
     attention_kwargs: dict | None = None
     # of a decoder that reads an encoder
     cross_attention: str = FULL
+    # what is not as in the family's own block: `spec.OPTIONS`
+    block: dict | None = None
 
+    # where the family's own block has its norms
+    own_norm_place: ClassVar[str] = "post"
     # whether self-attention is causal whatever the config says
     always_causal: ClassVar[bool] = False
 
@@ -176,9 +181,10 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
     def official_config(self) -> PreTrainedConfig:
         """The config with which the official class computes the same. Raises ValueError for a variant."""
         if not is_standard(self.config):
+            of_block = f" and block {self.config.block!r}" if self.config.block else ""
             raise ValueError(
-                f"A model with attention {self.config.attention!r} has no official form: the official class would "
-                "open its weights and compute full attention. Save it with its own code instead."
+                f"A model with attention {self.config.attention!r}{of_block} has no official form: the official class "
+                "would open its weights and compute something else. Save it with its own code instead."
             )
         fields = self.config.to_dict()
         for name in (*ZOO_FIELDS, "auto_map", "model_type"):
@@ -196,8 +202,9 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         a variant, which has no official form.
         """
         official_config = self.official_config() if official else None
-        if getattr(self, "hf_quantizer", None) is not None and not official:
-            # quantised weights are blocks of bytes, which the key maps cannot transpose
+        if not official and (self.config.block or getattr(self, "hf_quantizer", None) is not None):
+            # our own names: the official ones stand for the official shapes, which other blocks have not; and quantised
+            # weights are bytes, which no map transposes
             kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)

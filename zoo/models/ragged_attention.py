@@ -7,14 +7,14 @@ without its tiling: the probabilities of a sequence are kept).
 """
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocked_attention import blocked_attention
+from .blocked_attention import Bias, blocked_attention
 from .dropout import keep_mask, keep_scale, random_keep
 from .masks import BLOCK, BLOCKED_FROM, DocumentMask, Pattern
 from .ragged import Packing
@@ -30,13 +30,14 @@ def ragged_attention(
     scaling: float,
     dropout: float = 0.0,
     mask: DocumentMask | None = None,
-    position_bias: torch.Tensor | None = None,
+    position_bias: torch.Tensor | nn.Module | None = None,
 ) -> torch.Tensor:
     """Softmax attention of each row's queries over the same row's keys.
 
     query: (query tokens, heads, head_dim); key, value: (key tokens, heads, head_dim). mask: of as many positions as the
     longest row has. position_bias, for self-attention: (heads, length, length) on slots of the padded grid. Both are
-    cut to each row, and a long row to blocks of queries with the keys that the mask shows them.
+    cut to each row, and a long row to blocks of queries with the keys that the mask shows them. For rows in blocks it
+    may be what makes it, of (groups, queries) and (groups, keys), so that none is made of all pairs.
     Returns (query tokens, heads, head_dim), zeros for rows without keys.
     """
     rows = Rows(packing, kv_packing, mask, position_bias)
@@ -63,22 +64,17 @@ def _blocked_rows(query, key, value, rows: "Rows", pattern: Pattern, scaling: fl
     """The same one row at a time, the long ones by their pattern's blocks."""
     outputs, lengths = [], rows.packing.lengths
     for row, (q, k, v) in enumerate(zip(*(x.split(lengths) for x in (query, key, value)), strict=True)):
-        bias = rows.own_bias(row)
         if lengths[row] >= BLOCKED_FROM:
-            between = None if bias is None else partial(_between, bias)
+            between = rows.bias_between(row, q.dtype)
             outputs.append(blocked_attention(q, k, v, pattern, scaling=scaling, dropout=dropout, bias=between))
         elif lengths[row]:
             alone = Packing.full(1, lengths[row], q.device)
             output = ragged_attention(
-                q, k, v, alone, alone, scaling=scaling, dropout=dropout, mask=rows.mask, position_bias=bias
-            )
+                q, k, v, alone, alone, scaling=scaling, dropout=dropout, mask=rows.mask,
+                position_bias=rows.own_bias(row, q.dtype),
+            )  # fmt: skip
             outputs.append(output)
     return torch.cat(outputs)
-
-
-def _between(bias: torch.Tensor, q_pos: torch.Tensor, kv_pos: torch.Tensor) -> torch.Tensor:
-    """(heads, length, length) at (groups, queries) and (groups, keys) -> (groups, heads, queries, keys)."""
-    return bias[:, q_pos[:, :, None], kv_pos[:, None, :]].movedim(0, 1)
 
 
 def _grid_attention(query, key, value, rows: "Rows", scaling: float, dropout: float) -> torch.Tensor:
@@ -203,10 +199,25 @@ class Rows:
         # a bias depends on distances alone, so a row without holes may start at 0 wherever it stands
         return slice(None), part.queries, part.keys
 
-    def own_bias(self, row: int) -> torch.Tensor | None:
+    def own_bias(self, row: int, dtype: torch.dtype) -> torch.Tensor | None:
         """(heads, tokens, tokens) of a row."""
-        whole = slice(0, self.packing.lengths[row])
-        return self.bias_in(Part(row, whole, whole))
+        between = self.bias_between(row, dtype)
+        own = torch.arange(self.packing.lengths[row], device=self.packing.device).unsqueeze(0)
+        return None if between is None else between(own, own)[0]
+
+    def bias_between(self, row: int, dtype: torch.dtype) -> Bias | None:
+        """Of tokens of a row, at (groups, queries) and (groups, keys) within it."""
+        bias, slots = self.position_bias, self.packing.row_slots[row]
+        if bias is None:
+            return None
+
+        def between(q_pos: torch.Tensor, kv_pos: torch.Tensor) -> torch.Tensor:
+            q_pos, kv_pos = (x if slots is None else slots[x] for x in (q_pos, kv_pos))
+            if isinstance(bias, nn.Module):
+                return bias(q_pos, kv_pos).to(dtype)
+            return bias[:, q_pos[:, :, None], kv_pos[:, None, :]].movedim(0, 1)
+
+        return between
 
     def bias_in(self, part: Part) -> torch.Tensor | None:
         return None if self.position_bias is None else self.position_bias[self.bias_index(part)]

@@ -1,5 +1,7 @@
 """T5's config, key map and stacks: position bias, cross-attention, two caches (arXiv 1910.10683)."""
 
+from typing import ClassVar
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -12,11 +14,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, LayerMasks, cross_mask
-from .blocks import Block, BlockSpec, FeedForward
+from .blocks import Block, FeedForward, make_final_norm
 from .dropout import Dropout
-from .embeddings import RelativePositionBias, look_up
+from .embeddings import add_positions, look_up
+from .positions import RelativePositionBias, Sinusoids, bias_of_pass, make_bias, make_rotary
 from .pretrained import VariantConfig, ZooPreTrainedModel
 from .ragged import PLAN, Packing, cached_tokens, unpack_output
+from .spec import BlockSpec, options_of, with_options
 
 
 def _attention_names(stack: str, sublayer: int, official: str, ours: str) -> list[WeightRenaming]:
@@ -63,6 +67,7 @@ class ZooT5Config(VariantConfig, T5Config):
     """`T5Config` and the attention variant."""
 
     model_type = "zoo_t5"
+    own_norm_place: ClassVar[str] = "pre"
     # VariantConfig, coming first in the bases, brings the default of all other families
     is_encoder_decoder: bool = True
     # in place of `attention`, of one of the two stacks
@@ -79,7 +84,7 @@ class ZooT5Config(VariantConfig, T5Config):
 
 
 def block_spec(config: T5Config) -> BlockSpec:
-    return BlockSpec(
+    own = BlockSpec(
         hidden_size=config.d_model,
         num_heads=config.num_heads,
         head_dim=config.d_kv,
@@ -92,12 +97,14 @@ def block_spec(config: T5Config) -> BlockSpec:
         bias=False,
         causal=config.is_decoder,
         cross_attention=config.is_decoder,
-        # the scale is folded into the initial weights
-        scaling=1.0,
+        # the scale is folded into the initial weights, which a norm of queries and keys would undo
+        scaling=None if options_of(config).get("qk_norm") else 1.0,
         attention_dropout=config.dropout_rate,
         hidden_dropout=config.dropout_rate,
         ffn_dropout=config.dropout_rate,
+        positions="buckets",
     )
+    return with_options(config, own)
 
 
 class ZooT5PreTrainedModel(ZooPreTrainedModel):
@@ -160,15 +167,11 @@ class ZooT5Stack(ZooT5PreTrainedModel):
     def __init__(self, config: ZooT5Config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.relative_attention_bias = RelativePositionBias(
-            config.relative_attention_num_buckets,
-            config.num_heads,
-            config.relative_attention_max_distance,
-            causal=config.is_decoder,
-        )
         spec = block_spec(config)
+        self.relative_attention_bias, self.rotary = make_bias(config, spec), make_rotary(spec)
+        self.positions = Sinusoids(config.d_model) if spec.positions == "sinusoidal" else None
         self.layers = nn.ModuleList(Block(config, spec, index) for index in range(config.num_layers))
-        self.final_layer_norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.final_layer_norm = make_final_norm(spec) or nn.Identity()
         self.dropout = Dropout(config.dropout_rate)
         self.post_init()
 
@@ -225,15 +228,22 @@ class ZooT5Stack(ZooT5PreTrainedModel):
         if isinstance(past_key_values, EncoderDecoderCache):
             self_cache = past_key_values.self_attention_cache
         inputs = input_ids if input_ids is not None else inputs_embeds
-        position_bias = self._position_bias(inputs, self_cache)
+        past = 0 if self_cache is None else self_cache.get_seq_length()
+        position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + past).unsqueeze(0)
         if packing is not None:
             input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
+            position_ids = packing.pack(position_ids)
         hidden_states = inputs_embeds
         if hidden_states is None:
             hidden_states = look_up(self.embed_tokens, input_ids, "token id", "vocab_size")
+        hidden_states = add_positions(hidden_states, self.positions, position_ids)
+        rotary = None if self.rotary is None else self.rotary(position_ids)
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
         masks = LayerMasks(self.config, self.config.is_decoder, grid, attention_mask, self_cache, packing)
+        position_bias = bias_of_pass(
+            self.relative_attention_bias, inputs, self_cache, hidden_states.dtype, masks.in_blocks
+        )
         memory_mask = None
         if encoder_hidden_states is not None and (packing is None or not packing.per_sequence):
             memory_mask = cross_mask(self.config, grid, encoder_attention_mask, encoder_hidden_states)
@@ -244,14 +254,7 @@ class ZooT5Stack(ZooT5PreTrainedModel):
             hidden_states = layer(
                 hidden_states, masks.of_layer(index), position_bias, encoder_hidden_states,
                 encoder_attention_mask=memory_mask, encoder_packing=encoder_packing,
-                past_key_values=past_key_values, packing=packing, **kwargs,
+                past_key_values=past_key_values, packing=packing, rotary=rotary, **kwargs,
             )  # fmt: skip
         hidden_states = self.dropout(self.final_layer_norm(hidden_states))
         return BaseModelOutputWithPastAndCrossAttentions(hidden_states, past_key_values)
-
-    def _position_bias(self, inputs: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """(1, heads, queries, keys), the keys in the cache included."""
-        length = inputs.shape[1]
-        past, keys = (0, length) if cache is None else (cache.get_seq_length(), cache.get_mask_sizes(length, 0)[0])
-        key_positions = torch.arange(keys, device=inputs.device)
-        return self.relative_attention_bias(torch.arange(length, device=inputs.device) + past, key_positions)

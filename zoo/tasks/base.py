@@ -175,11 +175,20 @@ def token_counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
     return f"{texts:,} texts; {pieces}; {unknown:,} of {tokens:,} tokens unknown"
 
 
+def position_count(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has positions for; None where they go on without end."""
+    config: Any = model.config
+    if (getattr(config, "block", None) or {}).get("positions", "learned") != "learned":
+        return None
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and str(config.model_type).removeprefix("zoo_") in COUNTS_FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    return positions
+
+
 def check_length(section: TaskSection, model: PreTrainedModel) -> None:
     """Raises UserError where texts may be longer than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and str(model.config.model_type).removeprefix("zoo_") in COUNTS_FROM_PADDING:
-        positions -= model.config.pad_token_id + 1
+    positions = position_count(model)
     if positions is not None and section.max_length > positions:
         raise UserError(f"task.max_length: {section.max_length}, but the model has {positions} positions")
 
