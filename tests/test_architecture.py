@@ -47,7 +47,7 @@ LAYERS = [
     {"cli"},
 ]
 # what makes or opens a model knows its classes; everything else, the Auto classes
-OPENERS = {"loading", "fresh", "size_counts", "model_directory", "bench", "pictures"}
+OPENERS = {"loading", "fresh", "size_counts", "model_directory", "bench", "pictures", "transplant"}
 NEIGHBOURS = {
     "library_schema": {"sources"},
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},

@@ -39,7 +39,7 @@ def test_errors_are_those_of_each_head(finished):
     rows, model = transplant._rows(opened), opened.model
     heads = model.config.num_attention_heads
     for number, distance in enumerate(found):
-        sums = torch.zeros(2, heads)
+        sums, highest = torch.zeros(2, heads), torch.zeros(heads)
         for row in range(6):
             ids = torch.tensor(rows[row]["input_ids"])[None]
             with torch.no_grad():
@@ -53,10 +53,24 @@ def test_errors_are_those_of_each_head(finished):
             places = torch.arange(ids.shape[1])
             far = (places[:, None] - places[None, :]).abs() > 2
             full, near = scores.softmax(-1) @ v, scores.masked_fill(far, float("-inf")).softmax(-1) @ v
+            apart = [2 * max((x - own.mean(0)).norm() for x in own) for own in v]
+            mass = (scores.softmax(-1) * far).sum(-1)
+            highest += torch.stack([sum((m * d) ** 2 for m in own) for own, d in zip(mass, apart, strict=True)])
             sums += torch.stack([(near - full).square().sum((1, 2)), full.square().sum((1, 2))])
         assert distance.heads == pytest.approx((sums[0] / sums[1]).sqrt().tolist(), rel=1e-4)
         assert distance.error == pytest.approx(float((sums[0].sum() / sums[1].sum()).sqrt()), rel=1e-4)
-        assert distance.error > 0.01
+        assert 0.01 < distance.error <= distance.bound
+        assert distance.head_bounds == pytest.approx((highest / sums[1]).sqrt().tolist(), rel=1e-4)
+        assert all(error <= bound for error, bound in zip(distance.heads, distance.head_bounds, strict=True))
+
+
+def test_the_bound_is_reached():
+    """One hidden key with all the weight but a trifle, and values at two places: nothing smaller would hold."""
+    weights = torch.tensor([[[1e-4, 1 - 1e-4]]])
+    values = torch.tensor([[[1.0], [-1.0]]])
+    found = transplant.bound(weights, values, torch.tensor([[[True, False]]]))
+    full, pattern = weights[0] @ values[0], values[0, :1]
+    assert float((full - pattern).square()) == pytest.approx(float(found), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +88,7 @@ def test_it_is_healed_saved_and_resumed(attention, kwargs, finished, tmp_path):
     assert again["after_healing"]["test_loss"] == pytest.approx(report["after_healing"]["test_loss"])
     first = report["layers"][0]["error"]
     assert first == 0 if attention[0] == "full" else first > 0.01
+    assert [layer["bound"] for layer in report["layers"]] == [0.0 if attention[0] == "full" else None, None]
     assert report["layers"][1]["error"] > 0.001 and "| after the swap |" in transplant.table(report)
     assert differing(weights(finished), weights(finished)) == []
 

@@ -6,10 +6,11 @@ short training that learns from the old model, its answers and the states of its
 """
 
 import json
+import math
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from zoo.errors import UserError
 from zoo.files import write_json
 from zoo.loading import load_model
 from zoo.model_directory import RECIPE, Finished, has_variant, open_finished, read_metrics
+from zoo.models.attention import ATTENTIONS, FULL, pattern_of, variant_of_layer
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.sections import DistillSection
@@ -37,11 +39,16 @@ HEAL: dict[str, Any] = {"labels": 1.0, "logits": 1.0, "hidden": 1.0}
 
 @dataclass(frozen=True)
 class Distance:
-    """Of one layer: the relative error of its attention's output, and that of each head."""
+    """Of one layer: the relative error of its attention's output, and that of each head; what no error can be above.
+
+    Only a pattern has bounds: see `bound`.
+    """
 
     layer: str
     error: float
     heads: list[float]
+    bound: float | None = None
+    head_bounds: list[float] | None = None
 
 
 def run(
@@ -121,30 +128,79 @@ def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Dista
     count = min(texts, len(rows))
     collate = finished.task.collate(finished.processor, finished.recipe.task, **_fields(finished))
     names = [name for name, module in finished.model.named_modules() if hasattr(module, "self_attn")]
-    squares: dict[tuple[str, int], torch.Tensor] = {}
+    sums: dict[tuple[str, int], torch.Tensor] = {}
     for model in (finished.model, swapped):
         model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _weighing(finished.model):
         for number in tqdm(range(count), desc="Comparing attention", unit="text"):
             batch = collate([rows[number]])
             batch = {key: x for key, x in batch.items() if key != "row"}
-            before, after = _outputs(finished.model, swapped, names, batch)
-            for (place, wanted), (_, found) in zip(before, after, strict=True):
-                # (2, heads)
-                both = torch.stack([(found - wanted).square().sum((0, 2)), wanted.square().sum((0, 2))])
-                squares[place] = squares.get(place, torch.zeros_like(both)) + both
-    for (name, turn), (difference, size) in squares.items():
-        heads = (difference / size.clamp(min=1e-30)).sqrt()
-        whole = float((difference.sum() / size.sum().clamp(min=1e-30)).sqrt())
+            before, after, bounds = _outputs(finished.model, swapped, names, batch)
+            for (place, wanted), (_, found), highest in zip(before, after, bounds, strict=True):
+                difference, size = ((x.square().sum((0, 2))) for x in (found - wanted, wanted))
+                # (3, heads)
+                of_text = torch.stack([difference, size, highest])
+                sums[place] = sums.get(place, torch.zeros_like(of_text)) + of_text
+    for (name, turn), (difference, size, highest) in sums.items():
+        size = size.clamp(min=1e-30)
+        heads, head_bounds = (difference / size).sqrt(), (highest / size).sqrt()
+        whole, bound = (float((x.sum() / size.sum()).sqrt()) for x in (difference, highest))
         # a layer that runs several times (ALBERT) is told apart by its turn
-        yield Distance(name if turn == 0 else f"{name} (turn {turn + 1})", whole, heads.tolist())
+        layer = name if turn == 0 else f"{name} (turn {turn + 1})"
+        bounded = not bool(highest.isnan().any())
+        yield Distance(layer, whole, heads.tolist(), *((bound, head_bounds.tolist()) if bounded else ()))
+
+
+@contextmanager
+def _weighing(model) -> Iterator[None]:
+    """Attention tells its weights meanwhile, which only the eager one has."""
+    implementation, ragged = model.config._attn_implementation, model._ragged
+    model.set_attn_implementation("eager")
+    model.set_ragged("off")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        model.set_ragged(ragged)
+
+
+def bound(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """What the squared error of a pattern's output cannot exceed, summed over the queries: (heads,).
+
+    With m of the weight on keys that the pattern hides, full attention is (1 - m) p + m h, where p is what the
+    pattern gives and h what it leaves out: the two differ by m |h - p|, and h and p, means of values, lie no further
+    apart than the values do: twice the largest distance from their centre.
+
+    weights: (heads, queries, keys); values: (heads, keys, head_dim); visible: (heads or 1, queries, keys).
+    """
+    hidden = weights.masked_fill(visible, 0.0).sum(-1)
+    apart = 2 * (values - values.mean(1, keepdim=True)).norm(dim=-1).amax(1)
+    return (hidden * apart[:, None]).square().sum(-1)
+
+
+def _bound_of(attention, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`bound` of a layer that has a pattern now; NaN of one that has none. values: (1, tokens, width)."""
+    heads, queries, keys = weights.shape[1:]
+    name = variant_of_layer(attention.config, attention.layer_idx)
+    if name in ATTENTIONS:
+        return weights.new_full((heads,), math.nan)
+    own = values[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+    own = own.repeat_interleave(attention.num_key_value_groups, 0)
+    if name == FULL:
+        return weights.new_zeros(heads)
+    pattern = pattern_of(attention.config, name, attention.is_causal, attention.layer_idx)
+    places = torch.arange(keys, device=weights.device)
+    of_head = torch.arange(heads, device=weights.device)[:, None, None]
+    return bound(weights[0], own, pattern(places[:queries, None], places[None, :], of_head))
 
 
 def _outputs(model, swapped, names: list[str], batch: dict[str, Any]):
     """((layer, turn), (tokens, heads, head_dim)) of the attention of both, where each layer of `swapped` gets the
-    states that the layer of `model` gets."""
+    states that the layer of `model` gets; and the bound of each."""
     entering: dict[str, deque] = {name: deque() for name in names}
     found: list[list] = [[], []]
+    bounds: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     turns: list[dict[str, int]] = [{}, {}]
 
     def keep(side: int, name: str, heads: int):
@@ -155,20 +211,27 @@ def _outputs(model, swapped, names: list[str], batch: dict[str, Any]):
 
         return hook
 
+    def weigh(attention):
+        return lambda module, args, output: bounds.append(_bound_of(attention, output[1], values.pop()))
+
     with ExitStack() as hooks:
         for side, one in enumerate((model, swapped)):
             for name in names:
                 block = one.get_submodule(name)
                 heads = one.config.num_attention_heads
-                hooks.callback(block.self_attn.o_proj.register_forward_pre_hook(keep(side, name, heads)).remove)
+                made = [block.self_attn.o_proj.register_forward_pre_hook(keep(side, name, heads))]
                 if side == 0:
-                    taken = block.register_forward_pre_hook(_taker(entering[name]))
+                    made.append(block.register_forward_pre_hook(_taker(entering[name])))
+                    made.append(block.self_attn.v_proj.register_forward_hook(lambda m, a, out: values.append(out)))
+                    other = swapped.get_submodule(name).self_attn
+                    made.append(block.self_attn.register_forward_hook(weigh(other)))
                 else:
-                    taken = block.register_forward_pre_hook(_giver(entering[name]))
-                hooks.callback(taken.remove)
+                    made.append(block.register_forward_pre_hook(_giver(entering[name])))
+                for hook in made:
+                    hooks.callback(hook.remove)
             # asked for all states, so that the last layer computes more than the first token
             one(**batch, output_hidden_states=True)
-    return found
+    return *found, bounds
 
 
 def _taker(queue: deque):
@@ -211,10 +274,11 @@ def _of_test(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    lines = ["| layer | error | head by head |", "|---|---|---|"]
+    lines = ["| layer | error | at most | head by head |", "|---|---|---|---|"]
     for layer in report["layers"]:
         heads = " ".join(f"{error:.2f}" for error in layer["heads"])
-        lines.append(f"| {layer['layer']} | {layer['error']:.3f} | {heads} |")
+        highest = "" if layer["bound"] is None else f"{layer['bound']:.2f}"
+        lines.append(f"| {layer['layer']} | {layer['error']:.3f} | {highest} | {heads} |")
     lines += ["", "| metric | before | after the swap | after healing |", "|---|---|---|---|"]
     for name, before in report["before"].items():
         cells = [report[when].get(name) for when in ("after_swap", "after_healing")]

@@ -110,7 +110,7 @@ def test_a_token_moves_what_sees_it_and_nothing_else(family, official, name, tmp
     with torch.no_grad():
         before, after = (native.base_model(input_ids=x).last_hidden_state[0] for x in (ids, other))
     moved = (before - after).abs().amax(-1) > 0
-    pattern = attention._pattern(native.config, name, causal, 0)
+    pattern = attention.pattern_of(native.config, name, causal, 0)
     heads = torch.arange(native.config.num_attention_heads)[:, None]
     expected = pattern(torch.arange(20)[None], torch.tensor([[place]]), heads).any(0)
     assert torch.equal(moved, expected) and not expected.all()

@@ -111,7 +111,7 @@ def _check_name(config, field: str, name: str) -> None:
         meant = f"did you mean {near[0]}" if near else f"there are {', '.join(known_variants())}"
         raise ValueError(f"{field}: no variant is called {name!r}; {meant}.")
     if name in MASKS:
-        _pattern(config, name, causal=False, layer=0)
+        pattern_of(config, name, causal=False, layer=0)
     if name in ATTENTIONS:
         kwargs = config.attention_kwargs.get(name, {})
         _check_keys(name, ATTENTIONS[name].check, kwargs)
@@ -153,7 +153,8 @@ def _check_keys(name: str, build: Callable, kwargs: Any) -> None:
 _PATTERNS: dict[tuple, Pattern] = {}
 
 
-def _pattern(config, name: str, causal: bool, layer: int) -> Pattern:
+def pattern_of(config, name: str, causal: bool, layer: int) -> Pattern:
+    """That of a layer whose variant is a pattern's name."""
     kwargs = config.attention_kwargs.get(name, {})
     own = {"layer": layer} if takes_layer(name) else {}
     asked = (name, causal, repr(own), repr(kwargs))
@@ -226,7 +227,7 @@ class LayerMasks:
         self._check(name)
         if name in ATTENTIONS:
             return InRows(packing or self._rows(), None)
-        pattern = _pattern(self.config, name, self.causal, layer_idx)
+        pattern = pattern_of(self.config, name, self.causal, layer_idx)
         if packing is not None and (packing.per_sequence or packing.max_length >= BLOCKED_FROM):
             return self._document(pattern, packing)
         rows = self._rows_of_grid() if packing is None else None
