@@ -9,7 +9,7 @@ from tests.commands import zoo
 from zoo.bench import attention
 from zoo.bench.attention import EAGER, KWARGS, PASSES, draw, run, table
 from zoo.errors import UserError
-from zoo.models.attention import ATTENTIONS, FULL
+from zoo.models.attention_variants import ATTENTIONS, FULL
 from zoo.models.masks import MASKS
 
 SHAPE = {"heads": 2, "width": 8, "causal": False}

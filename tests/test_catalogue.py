@@ -92,7 +92,7 @@ def test_the_table_of_sizes():
 
 
 def test_attentions_and_tasks_are_those_of_the_registries():
-    from zoo.models.attention import ATTENTIONS, FULL
+    from zoo.models.attention_variants import ATTENTIONS, FULL
     from zoo.models.masks import MASKS
     from zoo.tasks import TASKS
 

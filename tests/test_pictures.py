@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.models.attention import ATTENTIONS
+from zoo.models.attention_variants import ATTENTIONS
 from zoo.models.masks import MASKS
 from zoo.pictures import LENGTH, SHOWN, picture
 

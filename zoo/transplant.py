@@ -26,7 +26,7 @@ from zoo.errors import UserError
 from zoo.files import write_json
 from zoo.loading import load_model
 from zoo.model_directory import RECIPE, Finished, has_variant, open_finished, read_metrics
-from zoo.models.attention import ATTENTIONS, FULL, pattern_of, variant_of_layer
+from zoo.models.attention_variants import ATTENTIONS, FULL, pattern_of, variant_of_layer
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.sections import DistillSection
@@ -131,7 +131,7 @@ def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Dista
     sums: dict[tuple[str, int], torch.Tensor] = {}
     for model in (finished.model, swapped):
         model.eval()
-    with torch.no_grad(), _weighing(finished.model):
+    with torch.no_grad(), _weighing(finished.model), _padded(swapped):
         for number in tqdm(range(count), desc="Comparing attention", unit="text"):
             batch = collate([rows[number]])
             batch = {key: x for key, x in batch.items() if key != "row"}
@@ -154,13 +154,23 @@ def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Dista
 @contextmanager
 def _weighing(model) -> Iterator[None]:
     """Attention tells its weights meanwhile, which only the eager one has."""
-    implementation, ragged = model.config._attn_implementation, model._ragged
+    implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    try:
+        with _padded(model):
+            yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@contextmanager
+def _padded(model) -> Iterator[None]:
+    """States are (batch, length, hidden) meanwhile, never packed."""
+    ragged = model._ragged
     model.set_ragged("off")
     try:
         yield
     finally:
-        model.set_attn_implementation(implementation)
         model.set_ragged(ragged)
 
 

@@ -29,7 +29,7 @@ def variants() -> dict[str, Variant]:
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     for name, function in _registry(tree, "MASKS").items():
         found[name] = _described(functions[function], functions[function])
-    tree = _parsed("attention")
+    tree = _parsed("attention_variants")
     files = {node.names[0].name: node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level}
     for name, kernel in _registry(tree, "ATTENTIONS").items():
         body = _parsed(files[kernel] or "").body

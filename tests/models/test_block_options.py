@@ -18,8 +18,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from zoo.models import attention as models_attention
-from zoo.models import blocked_attention, masks, ragged_attention
+from zoo.models import blocked_attention, layer_masks, masks, ragged_attention
 from zoo.models.blocks import Block
 from zoo.models.modeling_gpt2 import ZooGPT2Config, ZooGPT2LMHeadModel
 from zoo.models.positions import Alibi, Rotary, Sinusoids, rotate
@@ -340,7 +339,7 @@ def test_blocks_and_attentions_go_together(family, name, monkeypatch):
         }
 
     found = {"masked": run("off")}
-    for module in (models_attention, blocked_attention, masks, ragged_attention):
+    for module in (layer_masks, blocked_attention, masks, ragged_attention):
         monkeypatch.setattr(module, "BLOCKED_FROM", 2)
     found |= {"in blocks": run("off"), "packed": run("on")}
     logits, gradients = found["masked"]

@@ -5,7 +5,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
-from zoo.models.attention import cross_mask
+from zoo.models.attention_variants import ATTENTIONS
+from zoo.models.layer_masks import cross_mask
 from zoo.models.linformer import Linformer
 from zoo.models.masks import document_positions
 
@@ -14,8 +15,10 @@ from .test_pattern_models import run
 from .test_variants import NO_DROPOUT, OPENED, open_variant
 from .tiny import CONFIGS, PADDING, make_inputs, make_pair, native_class
 
-KWARGS = {"linformer": {"rank": 4}, "performer": {"features": 16}, "linear": {}, "nystrom": {"landmarks": 3}}
-CAUSAL = ["performer", "linear"]
+KWARGS = {name: {} for name in ATTENTIONS} | {
+    "linformer": {"rank": 4}, "performer": {"features": 16}, "nystrom": {"landmarks": 3},
+}  # fmt: skip
+CAUSAL = [name for name, kernel in ATTENTIONS.items() if kernel.causal]
 ENCODERS = ["bert", "roberta", "albert", "distilbert"]
 
 names = pytest.mark.parametrize("name", KWARGS)

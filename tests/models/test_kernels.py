@@ -7,20 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from zoo.models import linear_attention
-from zoo.models.attention import ATTENTIONS
+from zoo.models.attention_variants import ATTENTIONS
 from zoo.models.linformer import Linformer
 from zoo.models.nystrom import Nystrom, pseudoinverse
 from zoo.models.performer import Performer, random_directions
 
 HEADS, WIDTH, SCALING = 3, 8, 0.4
 CONFIG = SimpleNamespace(max_position_embeddings=64)
-KWARGS = {"linformer": {"rank": 16}, "performer": {"features": 32}, "linear": {}, "nystrom": {"landmarks": 8}}
-assert KWARGS.keys() == ATTENTIONS.keys()
+KWARGS = {"linformer": {"rank": 16}, "performer": {"features": 32}, "nystrom": {"landmarks": 8}}
 
 
 def make(name, causal=False, **kwargs):
     torch.manual_seed(0)
-    kernel = ATTENTIONS[name](CONFIG, HEADS, WIDTH, causal, **(KWARGS[name] | kwargs))
+    kernel = ATTENTIONS[name](CONFIG, HEADS, WIDTH, causal, **(KWARGS.get(name, {}) | kwargs))
     kernel.initialise()
     return kernel.double()
 

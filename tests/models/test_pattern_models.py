@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.models import attention, blocked_attention, masks, ragged_attention
+from zoo.models import attention_variants, blocked_attention, layer_masks, masks, ragged_attention
 
 from .test_parity import assert_close
 from .test_patterns import KWARGS
@@ -29,7 +29,7 @@ def variant(name):
 @pytest.fixture
 def blocked(monkeypatch):
     """Blocks from two tokens on; how many documents they were used for."""
-    for module in (attention, blocked_attention, masks, ragged_attention):
+    for module in (layer_masks, blocked_attention, masks, ragged_attention):
         monkeypatch.setattr(module, "BLOCKED_FROM", 2)
     calls = []
     attend = ragged_attention.blocked_attention
@@ -110,7 +110,7 @@ def test_a_token_moves_what_sees_it_and_nothing_else(family, official, name, tmp
     with torch.no_grad():
         before, after = (native.base_model(input_ids=x).last_hidden_state[0] for x in (ids, other))
     moved = (before - after).abs().amax(-1) > 0
-    pattern = attention.pattern_of(native.config, name, causal, 0)
+    pattern = attention_variants.pattern_of(native.config, name, causal, 0)
     heads = torch.arange(native.config.num_attention_heads)[:, None]
     expected = pattern(torch.arange(20)[None], torch.tensor([[place]]), heads).any(0)
     assert torch.equal(moved, expected) and not expected.all()

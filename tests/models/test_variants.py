@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
-from zoo.models.attention import variant_of_layer
+from zoo.models.attention_variants import ATTENTIONS, variant_of_layer
 
 from .test_parity import assert_close
 from .tiny import CONFIGS, PADDING, make_inputs, make_pair, native_class
@@ -20,10 +20,11 @@ from .tiny import CONFIGS, PADDING, make_inputs, make_pair, native_class
 WINDOW = 2
 LOCAL = {"attention": "local", "attention_kwargs": {"local": {"window": WINDOW}}}
 CYCLE = {**LOCAL, "attention": ["full", "local"]}
-KERNELS = [
-    ("linformer", {"rank": 4, "sharing": "model"}), ("performer", {"features": 16}), ("linear", {}),
-    ("nystrom", {"landmarks": 3, "convolution": 3}),
-]  # fmt: skip
+SMALL = {
+    "linformer": {"rank": 4, "sharing": "model"}, "performer": {"features": 16},
+    "nystrom": {"landmarks": 3, "convolution": 3},
+}  # fmt: skip
+KERNELS = [(name, SMALL.get(name, {})) for name in ATTENTIONS]
 VARIANTS = {"local": LOCAL, "full, local": CYCLE}
 TOKEN_HEADS = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("t5", "T5ForConditionalGeneration")]
 # one of every family

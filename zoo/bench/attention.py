@@ -26,17 +26,17 @@ from zoo.environment import hardware
 from zoo.errors import UserError
 from zoo.files import write_text
 from zoo.memory import peak_memory_bytes, reset_peak_memory
-from zoo.models.attention import ATTENTIONS, FULL
+from zoo.models.attention_variants import ATTENTIONS, FULL
 from zoo.models.blocked_attention import blocked_attention
 from zoo.models.masks import MASKS, takes_layer
 from zoo.variants import contradictions
 
 # softmax of all scores in memory, as `attn_implementation: eager` and attention dropout have them
 EAGER = "eager"
-KWARGS: dict[str, dict[str, Any]] = {
+KWARGS: dict[str, dict[str, Any]] = {name: {} for name in (*MASKS, *ATTENTIONS)} | {
     "local": {"window": 128}, "dilated": {"window": 64, "dilation": 4}, "block": {"size": 256},
     "strided": {"stride": 128}, "fixed": {"stride": 128}, "longformer": {"window": 128}, "sinks": {"window": 128},
-    "bigbird": {"block_size": 64}, "linformer": {"rank": 256}, "performer": {"features": 256}, "linear": {},
+    "bigbird": {"block_size": 64}, "linformer": {"rank": 256}, "performer": {"features": 256},
     "nystrom": {"landmarks": 64},
 }  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

@@ -14,9 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import LayerMasks, cross_mask
 from .blocks import Block, make_final_norm
 from .embeddings import positions_from
+from .layer_masks import LayerMasks, cross_mask
 from .positions import bias_of_pass, make_bias, make_rotary
 from .pretrained import ZooPreTrainedModel
 from .ragged import PLAN, Packing, cached_tokens, first_tokens, unpack_output

@@ -1,7 +1,7 @@
 """What attentions with their own maths have in common: the ones that are no softmax over a pattern of keys.
 
 A kernel attends within one document: it never meets padding, because `Attention` hands it the real tokens of each row.
-Kernels are listed in `attention.ATTENTIONS`.
+Kernels are listed in `attention_variants.ATTENTIONS`.
 """
 
 from typing import Any, ClassVar

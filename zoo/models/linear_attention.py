@@ -54,24 +54,56 @@ def causal_sums(by_query, by_key, value, sums: Sums | None = None) -> tuple[torc
     """Each query over the keys up to its own, and over those that went into `sums`.
 
     by_query, by_key: (batch, heads, length, features); value: (batch, heads, length, head_dim). Within a chunk by its
-    pairs, before it by prefix sums over the chunks (section 3.3.1; FAVOR+, arXiv 2009.14794, appendix B.1).
+    pairs, before it by the sums of the chunks before (section 3.3.1; FAVOR+, arXiv 2009.14794, appendix B.1).
     """
-    length = value.shape[2]
-    # of no tokens too, in the row of a batch that has none
-    chunk = max(1, min(CHUNK, length))
-    padding = -length % chunk
-    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, chunk)) for x in (by_query, by_key, value))
-    products, totals = k.transpose(3, 4) @ v, k.sum(3)
-    last = products.sum(2), totals.sum(2)
-    # what came before each chunk; nothing is subtracted, so that what comes later cannot be felt
-    before = F.pad(products.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0)), F.pad(totals.cumsum(2)[:, :, :-1], (0, 0, 1, 0))
+    # a column of ones beside the values, whose output is the denominator
+    value = F.pad(value, (0, 1), value=1.0)
+    before = value.new_zeros(*by_key.shape[:2], by_key.shape[3], value.shape[3])
     if sums is not None:
-        before = before[0] + sums[0].unsqueeze(2), before[1] + sums[1].unsqueeze(2)
-        last = last[0] + sums[0], last[1] + sums[1]
-    pairs = (q @ k.transpose(3, 4)).tril()
-    numerator = q @ before[0] + pairs @ v
-    denominator = (q @ before[1].unsqueeze(4)) + pairs.sum(4, keepdim=True)
-    return _divided(numerator, denominator).flatten(2, 3)[:, :, :length], last
+        before = torch.cat((sums[0], sums[1].unsqueeze(3)), 3)
+    output, last = _CausalSums.apply(by_query, by_key, value, before)
+    return _divided(output[..., :-1], output[..., -1:]), (last[..., :-1], last[..., -1])
+
+
+class _CausalSums(torch.autograd.Function):
+    """o_i = q_i (S + sum_{j <= i} k_j v_j^T), and the whole sum; memory is that of the tokens, whatever the chunks.
+
+    Of a chunk only its pairs and one sum are in memory, in the backward pass too, which makes the sums once more: those
+    before a chunk for the gradient of its queries, and from the end those behind it for its keys and values (section
+    3.3.1, equations 13 to 15).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, before):
+        ctx.save_for_backward(query, key, value, before)
+        sums, outputs = before.clone(), []
+        for q, k, v in _chunks(query, key, value):
+            outputs.append(q @ sums + (q @ k.transpose(2, 3)).tril_() @ v)
+            # nothing is subtracted, so that what comes later cannot be felt
+            sums += k.transpose(2, 3) @ v
+        return torch.cat(outputs, 2), sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_last):
+        query, key, value, sums = ctx.saved_tensors
+        by_query, by_key, by_value = [], [], []
+        sums = sums.clone()
+        for k, v, g in _chunks(key, value, grad):
+            by_query.append(g @ sums.transpose(2, 3) + (g @ v.transpose(2, 3)).tril_() @ k)
+            sums += k.transpose(2, 3) @ v
+        # of the queries behind a chunk
+        behind = grad_last.clone()
+        for q, k, v, g in reversed(list(_chunks(query, key, value, grad))):
+            by_key.append((g @ v.transpose(2, 3)).tril_().transpose(2, 3) @ q + v @ behind.transpose(2, 3))
+            by_value.append((q @ k.transpose(2, 3)).tril_().transpose(2, 3) @ g + k @ behind)
+            behind += q.transpose(2, 3) @ g
+        return torch.cat(by_query, 2), torch.cat(by_key[::-1], 2), torch.cat(by_value[::-1], 2), behind
+
+
+def _chunks(*tokens: torch.Tensor):
+    """Of each of (batch, heads, length, *) the share of a chunk, chunk by chunk."""
+    return zip(*(x.split(CHUNK, 2) for x in tokens), strict=True)
 
 
 def _divided(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

@@ -23,11 +23,11 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import LayerMasks
 from .blocks import Block, make_final_norm
 from .dropout import Dropout
 from .embeddings import add_positions, look_up, make_positions, positions_from
 from .heads import classification_loss, next_token_labels, span_answer, token_answer, token_loss
+from .layer_masks import LayerMasks
 from .losses import linear_cross_entropy
 from .positions import bias_of_pass, make_bias, make_rotary
 from .pretrained import VariantConfig, ZooPreTrainedModel, check_heads, register_key_map

@@ -23,9 +23,9 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import LayerMasks
 from .blocks import Block, make_activation, make_final_norm
 from .heads import classification_loss
+from .layer_masks import LayerMasks
 from .patches import PatchEmbeddings
 from .pretrained import RECORDED_BY_ENCODERS, VariantConfig, ZooPreTrainedModel, check_heads, register_key_map
 from .ragged import first_tokens, unpack_output, zero_padding

@@ -16,7 +16,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.output_capturing import OutputRecorder
 
-from .attention import FULL, Attention, check_variant
+from .attention import Attention
+from .attention_variants import FULL, check_variant
 from .blocks import Block
 from .kernel import Kernel, shared_parameters
 from .performer import Performer

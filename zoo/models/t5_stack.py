@@ -13,10 +13,11 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import Attention, LayerMasks, cross_mask
+from .attention import Attention
 from .blocks import Block, FeedForward, make_final_norm
 from .dropout import Dropout
 from .embeddings import add_positions, look_up
+from .layer_masks import LayerMasks, cross_mask
 from .positions import RelativePositionBias, Sinusoids, bias_of_pass, make_bias, make_rotary
 from .pretrained import VariantConfig, ZooPreTrainedModel
 from .ragged import PLAN, Packing, cached_tokens, unpack_output
