@@ -12,7 +12,7 @@ def test_each_behind_the_one_that_it_goes_on_from():
     assert {*shipped_recipes()} - {*order} == {name for name in shipped_recipes() if name.endswith("pretrain-base")}
     for first, then in (
         ("bert/pretrain-newsgroups", "bert/finetune-pretrained"),
-        ("bert/pretrain-newsgroups", "bert/train-newsgroups"),
+        ("bert/pretrain-newsgroups", "bert/train-entities"),
         ("t5/pretrain-news", "t5/finetune-headlines"),
         ("gpt2/pretrain-news", "gpt2/instruct-news"),
         ("vit/pretrain-mnist", "vit/finetune-mnist"),
