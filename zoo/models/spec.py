@@ -152,14 +152,14 @@ def position_count(config) -> int | None:
     return getattr(config, "max_position_embeddings", None) if positions_of(config) == "learned" else None
 
 
-def check_block(config, attentions: set[str]) -> None:
-    """Raises ValueError unless `config.block` is a block that there can be. attentions: of the layers, kernels only."""
+def check_block(config, kernels: set[str]) -> None:
+    """Raises ValueError unless `config.block` is a block that there can be. kernels: those that its layers have."""
     block = config.block or {}
     if not isinstance(block, dict):
         raise ValueError(f"block: a mapping of {', '.join(OPTIONS)}, not {block!r}.")
     for option, value in block.items():
         _check_option(option, value)
-    for option, why in _contradictions(config, block, attentions):
+    for option, why in _contradictions(config, block, kernels):
         raise ValueError(f"block.{option}: {block[option]}: {why}.")
 
 
@@ -202,8 +202,6 @@ def _contradictions(config, block: dict, kernels: set[str]) -> Iterator[tuple[st
         yield "positions", f"features turn in pairs, and a head has {head_dim}"
     if positions == "rotary" and "linear" in kernels:
         yield "positions", "elu + 1 of a turned query is no function of the distance; performer can be turned"
-    if positions in ("alibi", "buckets") and kernels:
-        yield "positions", f"{', '.join(sorted(kernels))} has no scores to which a bias could be added"
     if positions == "learned" and own_positions(config) == "buckets":
         yield "positions", "a T5 has no greatest length, so no table of positions"
     if positions in ("rotary", "alibi", "buckets") and hasattr(config, "patch_size"):
