@@ -137,8 +137,14 @@ def test_a_hub_that_goes_away_in_the_middle(topics_run, tmp_path, monkeypatch):
     port = first.address.rpartition(":")[2]
     monkeypatch.setattr(constants, "ENDPOINT", first.address)
 
+    def is_receiving() -> bool:
+        try:
+            return any(file.stat().st_size > 1_000_000 for file in (tmp_path / "hub" / "incoming").glob("*"))
+        except FileNotFoundError:  # a small file came whole and was moved on
+            return False
+
     def killer() -> None:
-        while not any(file.stat().st_size > 1_000_000 for file in (tmp_path / "hub" / "incoming").glob("*")):
+        while not is_receiving():
             time.sleep(0.001)
         first.process.kill()
 
