@@ -1,6 +1,7 @@
 """The bench of attention alone: what it measures, how it adds up, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,11 +70,22 @@ def test_slopes_are_powers_of_the_length():
     assert attention._slopes("x", entries[:2]) is None
 
 
-def test_all_scores_are_left_out_where_they_have_no_room(monkeypatch):
-    monkeypatch.setattr(attention.os, "sysconf", lambda name: 1024 if name == "SC_PAGE_SIZE" else 4096)
-    result = run([EAGER], [64, 1024], rounds=1, kwargs={}, **SHAPE)
-    assert [EAGER in entry["variants"] for entry in result["results"]] == [True, False]
+def test_what_has_no_room_is_left_out(monkeypatch):
+    monkeypatch.setattr(attention.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 2**20))
+    result = run([EAGER, "taylor"], [1024, 64, 512], rounds=1, kwargs={}, **SHAPE)
+    assert [entry["length"] for entry in result["results"]] == [64, 512, 1024]
+    assert [EAGER in entry["variants"] for entry in result["results"]] == [True, False, False]
     assert "| `eager` |" in table(result) and "no room" in table(result)
+
+
+@pytest.mark.parametrize("known, expected", [
+    ([], 0), ([(512, 100)], 200), ([(256, 100), (512, 400)], 1600), ([(256, 100), (512, 200)], 400),
+    # what is there at any length hides how the rest grows, and noise can make it look worse
+    ([(256, 0), (512, 0)], 0), ([(256, 100), (512, 99)], 198), ([(256, 1), (512, 100)], 400),
+])  # fmt: skip
+def test_what_a_length_needs_is_told_by_shorter_ones(known, expected):
+    shorter = [{"length": n, "variants": {"taylor": {"memory_bytes": m}}} for n, m in known]
+    assert attention._expected_bytes("taylor", 1024, 2, shorter) == pytest.approx(expected)
 
 
 def test_memory_of_full_scores_grows_with_the_square():

@@ -7,7 +7,6 @@ within a round, and the median counts. Memory is what forward and backward add, 
 import itertools
 import math
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -67,10 +67,11 @@ def run(
             _subject(name, length, kwargs=KWARGS | kwargs, **shape)
     except ValueError as error:
         raise UserError(f"bench attention: {error}") from error
+    lengths = sorted(set(lengths))
     results, turns = [], len(lengths) * (len(names) + 1) * (rounds + 1)
     with tqdm(total=turns, desc="Measuring", unit="turn") as bar:
         for length in lengths:
-            results.append(_one_length([FULL, *names], length, rounds, shape, KWARGS | kwargs, bar))
+            results.append(_one_length([FULL, *names], length, rounds, shape, KWARGS | kwargs, results, bar))
     slopes = {name: _slopes(name, results) for name in [FULL, *names]}
     used = {name: (KWARGS | kwargs).get(name, {}) for name in names}
     return {
@@ -87,11 +88,14 @@ def _can_be_causal(name: str) -> bool:
     return name not in ATTENTIONS or ATTENTIONS[name].causal
 
 
-def _one_length(names, length: int, rounds: int, shape: dict, kwargs: dict, bar: tqdm) -> dict[str, Any]:
+def _one_length(
+    names, length: int, rounds: int, shape: dict, kwargs: dict, shorter: list[dict], bar: tqdm
+) -> dict[str, Any]:
     subjects, memory = {}, {}
     for name in names:
         bar.set_postfix_str(f"{name}, {length:,} tokens")
-        if name == EAGER and not _fits(length, shape["heads"]):
+        # full attention is what all are compared with
+        if name != FULL and _expected_bytes(name, length, shape["heads"], shorter) > psutil.virtual_memory().available:
             bar.update(rounds + 1)
             continue
         memory[name] = _in_own_process(name, length, shape, kwargs)
@@ -117,10 +121,18 @@ def _one_length(names, length: int, rounds: int, shape: dict, kwargs: dict, bar:
     return {"length": length, "variants": entries}
 
 
-def _fits(length: int, heads: int) -> bool:
-    """Whether five matrices of all scores have room, as many as a backward pass has at once."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 5 * 4 * heads * length**2 < free
+def _expected_bytes(name: str, length: int, heads: int, shorter: list[dict]) -> float:
+    """What forward and backward add: five matrices of all scores, or what it was at shorter lengths, as it grew."""
+    if name == EAGER:
+        return 5 * 4 * heads * length**2
+    known = [(r["length"], r["variants"][name]["memory_bytes"]) for r in shorter if name in r["variants"]][-2:]
+    if not known:
+        return 0
+    power = 1.0
+    if len(known) == 2:
+        (first, less), (second, more) = known
+        power = min(2.0, max(1.0, math.log(max(more, 1) / max(less, 1)) / math.log(second / first)))
+    return known[-1][1] * (length / known[-1][0]) ** power
 
 
 def _subject(name: str, length: int, heads: int, width: int, causal: bool, kwargs: dict) -> Callable:
