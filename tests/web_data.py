@@ -8,8 +8,9 @@ import csv
 import gzip
 import io
 import json
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
@@ -80,11 +81,10 @@ configs:
 }
 
 
-def fill(api: HfApi, folder: Path) -> None:
+def fill(api: HfApi, folder: Path, articles: int = ARTICLES, pictures: Mapping[str, int] = PICTURES) -> None:
     """Writes the four data sets below a folder and uploads each; ImageNet, which has gates there, is private here."""
-    articles = news()
-    halves = articles[: ARTICLES // 2], articles[ARTICLES // 2 : ARTICLES]
-    more = articles[ARTICLES : ARTICLES + 16]
+    found = news(articles + 16)
+    halves, more = (found[: articles // 2], found[articles // 2 : articles]), found[articles:]
     for part, rows in enumerate(halves):
         parquet(folder / WIKIPEDIA / f"20231101.en/train-{part:05}-of-00041.parquet", map(of_wikipedia, rows))
         lines(folder / C4 / f"en/c4-train.{part:05}-of-01024.json.gz", map(of_c4, rows))
@@ -94,20 +94,24 @@ def fill(api: HfApi, folder: Path) -> None:
     lines(folder / C4 / "realnewslike/c4-train.00000-of-00512.json.gz", map(of_c4, more))
     parquet(folder / FINEWEB / "data/CC-MAIN-2013-20/000_00000.parquet", map(of_fineweb, more))
     features = Features({"image": Image(), "label": ClassLabel(names=list(CLASSES))})
-    for split, count in PICTURES.items():
-        parquet(folder / IMAGENET / f"data/{split}-00000-of-00001.parquet", pictures(split, count), features)
+    for split in pictures:
+        parquet(folder / IMAGENET / f"data/{split}-00000-of-00001.parquet", crops(split, pictures), features)
     for repo, card in CARDS.items():
         (folder / repo / "README.md").write_text(f"---\n{card.strip()}\n---\n")
         api.create_repo(repo, repo_type="dataset", private=repo == IMAGENET)
         api.upload_folder(repo_id=repo, folder_path=folder / repo, repo_type="dataset")
 
 
-def news() -> list[dict[str, str]]:
-    """Articles with article_id, publish_date, article_source_link, title and text; none is empty."""
+def news(count: int = ARTICLES + 16) -> list[dict[str, str]]:
+    """Articles with article_id, publish_date, article_source_link, title and text; none lacks a date or a text."""
     with zipfile.ZipFile(Path(resolve(NEWS, kind="dataset").location) / "NewsArticles.zip") as archive:
         file = io.TextIOWrapper(archive.open("NewsArticles.csv"), encoding="utf-8", errors="replace")
         rows = csv.DictReader(file)
-        return [row for _, row in zip(range(200), (row for row in rows if row["text"].strip()), strict=False)]
+        return [row for _, row in zip(range(count), (row for row in rows if _is_whole(row)), strict=False)]
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    return bool((row["text"] or "").strip() and re.fullmatch(r"\d+/\d+/\d+", row["publish_date"]))
 
 
 def of_wikipedia(row: dict[str, str]) -> dict:
@@ -133,12 +137,12 @@ def day(row: dict[str, str]) -> str:
     return f"{year}-{month:02}-{day:02}"
 
 
-def pictures(split: str, count: int) -> Iterator[dict]:
+def crops(split: str, pictures: Mapping[str, int]) -> Iterator[dict]:
     """Parts of the photographs by turns, no two of them alike; every eighth is grey. The test split has no labels."""
     folder = Path(resolve(PHOTOGRAPHS, kind="dataset").location)
     whole = [Picture.open(folder / file) for file in CLASSES.values()]
-    begin = sum(PICTURES[name] for name in list(PICTURES)[: list(PICTURES).index(split)])
-    for number in range(begin, begin + count):
+    begin = sum(pictures[name] for name in list(pictures)[: list(pictures).index(split)])
+    for number in range(begin, begin + pictures[split]):
         label, width, height = number % len(CLASSES), 96 + number % 5 * 16, 96 + number % 3 * 24
         left, top = number * 37 % (640 - width), number * 53 % (427 - height)
         part = whole[label].crop((left, top, left + width, top + height))
