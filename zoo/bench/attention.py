@@ -68,7 +68,8 @@ def run(
     except ValueError as error:
         raise UserError(f"bench attention: {error}") from error
     lengths = sorted(set(lengths))
-    results, turns = [], len(lengths) * (len(names) + 1) * (rounds + 1)
+    results: list[dict[str, Any]] = []
+    turns = len(lengths) * (len(names) + 1) * (rounds + 1)
     with tqdm(total=turns, desc="Measuring", unit="turn") as bar:
         for length in lengths:
             results.append(_one_length([FULL, *names], length, rounds, shape, KWARGS | kwargs, results, bar))
