@@ -16,7 +16,7 @@ OUTSIDE = {"torch", "transformers", "huggingface_hub"}  # of a model that is shi
 LAYERS = [
     {"chats", "errors", "files", "memory", "quiet", "metrics", "report", "sizes"},
     {"service", "hub_errors", "console", "weights"},
-    {"task_types", "derived", "variants", "generated"},
+    {"task_types", "adapter_types", "derived", "variants", "generated"},
     {"sections"},
     {"data_sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"fresh", "roles"},
     {"streaming"},
     {"loading", "data", "tasks"},
-    {"step_loss", "distillation"},
+    {"step_loss", "distillation", "adapters"},
     {"trainer", "tokenizer", "encoding", "event_log"},
     {"model_directory", "results", "environment", "card"},
     {"hub"},
@@ -47,7 +47,7 @@ LAYERS = [
     {"cli"},
 ]
 # what makes or opens a model knows its classes; everything else, the Auto classes
-OPENERS = {"loading", "fresh", "size_counts", "model_directory", "bench", "pictures", "transplant"}
+OPENERS = {"loading", "fresh", "size_counts", "model_directory", "bench", "pictures", "transplant", "adapters"}
 NEIGHBOURS = {
     "library_schema": {"sources"},
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},

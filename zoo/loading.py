@@ -369,6 +369,8 @@ def _open(path: str, model_class, location, arguments: dict[str, Any], whole: bo
         if keys:
             listed = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise UserError(f"model {path}: {len(keys)} weights are {kind}: {listed}; is it a whole checkpoint?")
+    # what an adapter has to keep, its base having none
+    model.new_weights = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     return model
 
 

@@ -11,8 +11,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zoo import adapters
 from zoo.checkpoints import writing
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
@@ -29,18 +31,21 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, opened: its recipe, task, model (in fp32), tokenizer or image processor, and labels' names."""
+    """A finished run, opened: its recipe, task, model (in fp32), tokenizer or image processor, and labels' names.
+
+    Of a run with adapters the model is a PeftModel.
+    """
 
     recipe: Recipe
     task: Task
-    model: PreTrainedModel
+    model: Any
     processor: Processor
     labels: list[str]
 
 
 def save(
     recipe: Recipe,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     processor: Processor,
     metrics: Mapping[str, Any],
     output_dir: Path,
@@ -61,8 +66,11 @@ def save(
         processor.model_max_length = recipe.task.max_length
     with writing(output_dir):
         new = Path(tempfile.mkdtemp(prefix=NEW, dir=output_dir))
-        options: dict[str, Any] = {"official": True} if official else {}
-        model.save_pretrained(new, **options)
+        if isinstance(model, PeftModel):
+            adapters.save(model, recipe.model, new)
+        else:
+            options: dict[str, Any] = {"official": True} if official else {}
+            model.save_pretrained(new, **options)
         processor.save_pretrained(new)
         for name, content in extras.items():
             (new / name).parent.mkdir(exist_ok=True)
@@ -70,7 +78,8 @@ def save(
                 (new / name).write_bytes(content)
             else:
                 write_text(new / name, content)
-        assert_same_weights(model, new, whole=True)
+        if not isinstance(model, PeftModel):
+            assert_same_weights(model, new, whole=True)
         for file in sorted(file for file in new.rglob("*") if file.is_file()):
             target = output_dir / file.relative_to(new)
             target.parent.mkdir(exist_ok=True)
@@ -83,6 +92,7 @@ def has_variant(model) -> bool:
     """Whether a model has attention that the official class does not know."""
     from zoo.models.pretrained import ZooPreTrainedModel, is_standard
 
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     return isinstance(model, ZooPreTrainedModel) and not is_standard(model.config)
 
 
@@ -115,6 +125,15 @@ def check_finished(directory: Path) -> None:
         raise UserError(f"{directory}: a run of several seeds; name one of them: {', '.join(seeds)}")
 
 
+def _labels(directory: Path) -> list[str]:
+    """Of the config that lies beside an adapter."""
+    try:
+        named = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("id2label", {})
+        return [name for _, name in sorted((int(number), name) for number, name in named.items())]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{directory / 'config.json'}: cannot be read: {error}; the model is damaged") from error
+
+
 def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_code: bool = False) -> Finished:
     """Opens what `zoo train` has left. overrides: `section.key=value` on the run's recipe. Raises UserError.
 
@@ -131,8 +150,15 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
         "trust_remote_code": trust_remote_code,
     }
     section = recipe.model.model_copy(update=own)
-    model = load_model(section, task.auto_class, whole=True)
     processor = load_processor(section, task.processor)
+    model: Any
+    if recipe.lora:
+        labels = _labels(directory)
+        base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
+        model = load_model(base, task.auto_class, labels, task.problem_type)
+        fit_images(model, processor, recipe.task.image_size)
+        return Finished(recipe, task, adapters.open_adapter(model, base, directory), processor, labels)
+    model = load_model(section, task.auto_class, whole=True)
     fit_images(model, processor, recipe.task.image_size)
     labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
     return Finished(recipe, task, model, processor, labels)

@@ -16,11 +16,13 @@ from ruamel.yaml.nodes import Node
 from ruamel.yaml.representer import SafeRepresenter
 
 from zoo import generated
+from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
 from zoo.data_sections import DataSection, SourceSection
-from zoo.errors import Keys
+from zoo.errors import Keys, did_you_mean
 from zoo.sections import (
     DistillSection,
     FinetuneSection,
+    Freeze,
     HubSection,
     LaunchSection,
     ModelSection,
@@ -34,8 +36,8 @@ from zoo.task_types import TASK_TYPES
 class Recipe(Section):
     """A resolved recipe: base, file and command line merged and checked.
 
-    `train` is given verbatim to transformers.TrainingArguments, `generate` to its GenerationConfig; `seeds`, a run
-    each, take the place of train's seed.
+    `train` is given verbatim to transformers.TrainingArguments, `generate` to its GenerationConfig, `lora` to a config
+    of peft, LoraConfig unless its `type` names another; `seeds`, a run each, take the place of train's seed.
     `file` is the recipe's file, `origins` where each value came from ("command line", "file:line" or "default");
     neither counts in comparisons.
     """
@@ -46,6 +48,7 @@ class Recipe(Section):
     task: TaskSection
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
+    lora: dict[str, Any] = Field(default_factory=dict)
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)
     distill: DistillSection = Field(default_factory=DistillSection)
     generate: dict[str, Any] = Field(default_factory=dict)
@@ -77,8 +80,30 @@ class Recipe(Section):
                 if role not in roles:
                     text = f"{self.task.type} does not read it; its roles are {', '.join(roles)}"
                     yield ("data", *keys, "columns", role), text
+        if self.lora:
+            yield from self._adapter_contradictions()
+        elif self.finetune.loraplus_lr_ratio is not None:
+            yield ("finetune", "loraplus_lr_ratio"), "it is of adapters, and there is no section lora; remove the key"
         if self.data.streaming:
             yield from self._stream_contradictions()
+
+    def _adapter_contradictions(self) -> Iterator[tuple[Keys, str]]:
+        kind = self.lora.get("type", DEFAULT_TYPE)
+        if kind not in ADAPTER_TYPES:
+            near = did_you_mean(str(kind), ADAPTER_TYPES)
+            yield ("lora", "type"), f"unknown method{near} (known: {', '.join(ADAPTER_TYPES)})"
+        if self.model.path is None:
+            yield ("lora",), "random weights hold nothing to adapt; name a checkpoint as model.path, or train it whole"
+        if self.model.added_tokens:
+            text = "their embeddings would be no part of the adapter; train whole, or remove the section lora"
+            yield ("model", "added_tokens"), text
+        for key in ("layerwise_decay", "gradual_unfreezing"):
+            if getattr(self.finetune, key) is not None:
+                yield ("finetune", key), "of a model with adapters nothing else learns; remove the key"
+        if self.finetune.freeze != Freeze():
+            yield ("finetune", "freeze"), "of a model with adapters nothing else learns; remove the key"
+        if self.finetune.loraplus_lr_ratio is not None and kind != "lora":
+            yield ("finetune", "loraplus_lr_ratio"), f"{kind} has no two matrices; remove the key"
 
     def _stream_contradictions(self) -> Iterator[tuple[Keys, str]]:
         steps = self.train.get("max_steps", -1)

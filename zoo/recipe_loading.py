@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
 from zoo.errors import Keys, Problems, UserError, did_you_mean, shown
 from zoo.files import finite
 from zoo.library_schema import LibraryField, library_fields
@@ -47,16 +48,24 @@ _GENERATE_KEYS = {
 }
 
 
+_DECIDED = "the run decides it; remove the key"
+_LORA_KEYS = dict.fromkeys(
+    ("task_type", "peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+    _DECIDED,
+)
+
+
 @dataclass(frozen=True)
 class LibrarySection:
-    """A section that goes verbatim to a class of transformers, without the keys, or beginnings of keys, of `owned`."""
+    """A section that goes verbatim to a class of a library, without the keys, or beginnings of keys, of `owned`."""
 
     module: str
     name: str
     owned: dict[str, str]
+    package: str = "transformers"
 
     def fields(self) -> dict[str, LibraryField]:
-        return library_fields("transformers", self.module, self.name)
+        return library_fields(self.package, self.module, self.name)
 
     def remedy(self, key: Any) -> str | None:
         """What to do instead of a key that this project decides."""
@@ -76,13 +85,17 @@ class LibrarySection:
         fields = self.fields()
         if key not in fields:
             near = did_you_mean(key, self.usable())
-            return f"unknown key{near or f'; the keys are those of transformers.{self.name}'}"
+            return f"unknown key{near or f'; the keys are those of {self.package}.{self.name}'}"
         return fields[key].problem(value)
 
 
+ADAPTERS = {
+    kind: LibrarySection(adapter.module, adapter.name, _LORA_KEYS, "peft") for kind, adapter in ADAPTER_TYPES.items()
+}
 LIBRARY_SECTIONS = {
     "train": LibrarySection("training_args", "TrainingArguments", _TRAIN_KEYS),
     "generate": LibrarySection("generation.configuration_utils", "GenerationConfig", _GENERATE_KEYS),
+    "lora": ADAPTERS[DEFAULT_TYPE],
 }
 
 
@@ -181,6 +194,12 @@ def _checked(written: Written, problems: Problems) -> Recipe | None:
     for section, library in LIBRARY_SECTIONS.items():
         given = written.values.get(section)
         for key, value in given.items() if isinstance(given, dict) else ():
+            if section == "lora" and isinstance(given, dict):
+                kind = given.get("type", DEFAULT_TYPE)
+                # of an unknown type the recipe says what is wrong
+                if key == "type" or not isinstance(kind, str) or kind not in ADAPTERS:
+                    continue
+                library = ADAPTERS[kind]
             problem = library.problem(key, value)
             if problem is not None:
                 problems.add(written.place((section, key)), (section, key), problem)
@@ -261,6 +280,10 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for section, library in LIBRARY_SECTIONS.items():
         fields = {key: field.json_schema() for key, field in library.usable().items()}
+        if section == "lora":
+            others = [library.usable() for library in ADAPTERS.values()]
+            more = {key: field.json_schema() for fields_of in others for key, field in fields_of.items()}
+            fields = {"type": {"enum": list(ADAPTERS), "default": DEFAULT_TYPE}} | more | fields
         schema["properties"][section] |= {"properties": fields, "additionalProperties": False}
     schema["properties"]["extends"] = {"type": "string", "description": "A base recipe: a file beside, or a name."}
     schema["$defs"]["TaskSection"]["properties"]["type"]["enum"] = list(TASK_TYPES)

@@ -233,7 +233,8 @@ class FinetuneSection(Section):
 
     `layerwise_decay`: `train.learning_rate` is the head's, each layer's so many times that of the one above it, and the
     embeddings' the lowest. `gradual_unfreezing`: the head is trained first, one more layer from the top with each
-    epoch, or after so many steps each.
+    epoch, or after so many steps each. `loraplus_lr_ratio`: a LoRA's second matrix learns so many times as fast as the
+    first (LoRA+, arXiv 2402.12354).
     """
 
     layerwise_decay: float | None = Field(default=None, gt=0, le=1)
@@ -245,6 +246,7 @@ class FinetuneSection(Section):
         ]
         | None
     ) = None
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
 
 
 class DistillSection(Section):

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from zoo import finetuning, hub, tokenizer
+from zoo import adapters, finetuning, hub, tokenizer
 from zoo.card import card
 from zoo.checkpoints import PROGRESS, STATE, newest_complete
 from zoo.data import Splits, load_splits
@@ -94,7 +94,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     kept = output_dir / CHECKPOINTS / TOKENIZER
     processor = tokenizer.processor_for(recipe.model, task.processor, splits, kept)
     settings = task.prepare(processor)
-    model = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
+    model: Any = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
     fit_images(model, processor, recipe.task.image_size)
     generation = None
     if TASK_TYPES[task.name].generates:
@@ -104,6 +104,9 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     task.check(recipe.task, model)
     if recipe.task.packing:
         check_kept_apart(model)
+    if recipe.lora:
+        model = adapters.adapt(model, recipe.lora, task.name)
+        print(adapters.learned(model))
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is not None:

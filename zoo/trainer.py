@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from zoo.adapters import check_gradients
 from zoo.checkpoints import PROGRESS, is_complete, mark_complete, writing
 from zoo.distillation import Distillation
 from zoo.errors import RunError, UserError
@@ -37,6 +39,8 @@ class ZooTrainer(StepLoss):
 
     data: dict[str, Any] = {}  # where the rows come from, with hashes, which checkpoints keep
     decay: float | None = None
+    loraplus_lr_ratio: float | None = None
+    gradients_seen = False
     distillation: Distillation | None = None
     rows: list[int] = []
     evaluated_rows: Any = None
@@ -54,12 +58,17 @@ class ZooTrainer(StepLoss):
 
     def tune(self, section: FinetuneSection) -> None:
         """Before the optimizer is made: learning rates by layer, and layers that join while it trains."""
-        self.decay = section.layerwise_decay
+        self.decay, self.loraplus_lr_ratio = section.layerwise_decay, section.loraplus_lr_ratio
         if section.gradual_unfreezing is not None:
             self.add_callback(Unfreezing(self.model, section.gradual_unfreezing))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         made = self.optimizer is not None
+        if self.loraplus_lr_ratio is not None and not made:
+            adapted: Any = self.model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)
+            options |= {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(adapted, optimizer_class, **options)
         optimizer = super().create_optimizer(model)
         if self.decay is not None and not made:
             optimizer.param_groups[:] = decayed(optimizer.param_groups, self.model, self.decay)
@@ -96,6 +105,9 @@ class ZooTrainer(StepLoss):
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on train rows {self.rows}; try a "
                 "lower learning_rate, gradient clipping (max_grad_norm) or look at these rows"
             )
+        if not self.gradients_seen:
+            check_gradients(model.named_parameters())
+            self.gradients_seen = True
         return loss
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):

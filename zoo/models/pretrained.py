@@ -136,6 +136,11 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
     config_class: type[PreTrainedConfig]
     official_config_class: type[PreTrainedConfig]
     auto_map: dict[str, str]
+    # what a method of peft adapts unless it is told otherwise
+    peft_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "lora": ("q_proj", "v_proj"),
+        "ia3": ("k_proj", "v_proj", "fc2"),
+    }
     # of an encoder family: what its heads stand on, made from (config, add_pooling_layer)
     encoder_class: ClassVar[Callable[..., PreTrainedModel]]
 

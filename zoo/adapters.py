@@ -1,0 +1,239 @@
+"""Adapters of peft on a model: what a recipe's section `lora` makes of it, and how a finished one is opened again.
+
+An adapter belongs to one base, whose weights it does not hold: `base.json` beside it says which, with a hash of them.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
+from zoo.errors import RunError, UserError, did_you_mean
+from zoo.files import write_json
+from zoo.models.pretrained import ZooPreTrainedModel, is_standard
+from zoo.sections import ModelSection
+from zoo.weights import assert_same_adapter
+
+CONFIG, BASE = "adapter_config.json", "base.json"
+# what peft calls a task; of others it knows no head, and its form for questions (QUESTION_ANS) loses the segments that
+# tell question and context apart
+TASK_KINDS = {
+    "text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS", "text-generation": "CAUSAL_LM",
+    "instruction-tuning": "CAUSAL_LM", "summarization": "SEQ_2_SEQ_LM", "translation": "SEQ_2_SEQ_LM",
+    "span-corruption": "SEQ_2_SEQ_LM", "sentence-similarity": "FEATURE_EXTRACTION",
+}  # fmt: skip
+# official classes of which peft has no targets of its own
+OFFICIAL_TARGETS = {
+    "lora": {"albert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj"]},
+    "ia3": {"albert": ["key", "value", "ffn_output"], "distilbert": ["k_lin", "v_lin", "lin2"],
+            "vit": ["k_proj", "v_proj", "fc2"]},
+}  # fmt: skip
+# peft multiplies what goes into these, and what comes out of the others (IA3, arXiv 2205.05638, section 3.3)
+FEED_FORWARD = ("fc2", "ffn_output", "lin2")
+LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
+
+
+def adapt(model: PreTrainedModel, section: Mapping[str, Any], task: str) -> PeftModel:
+    """The model with new adapters, all else frozen but what the checkpoint lacked, which is part of the adapter.
+
+    section: a recipe's `lora`. Raises UserError for what this model, or the task, cannot be adapted by.
+    """
+    kind = section.get("type", DEFAULT_TYPE)
+    given = {key: value for key, value in section.items() if key != "type"}
+    prompts = ADAPTER_TYPES[kind].prompts
+    if prompts:
+        _check_prompts(model, kind, task)
+    fields = (_of_prompts(model, kind, given) if prompts else _of_layers(model, kind)) | given
+    # what the checkpoint lacked, such as the head of a new task, is learned whole and kept with the adapter
+    saved = sorted({*(given.get("modules_to_save") or ()), *new_modules(model)})
+    try:
+        config = getattr(peft, ADAPTER_TYPES[kind].name)(
+            **{**fields, "task_type": TASK_KINDS.get(task), "modules_to_save": saved or None}
+        )
+        if not prompts:
+            _check_targets(model, config)
+        # before some methods change the weights (PiSSA)
+        base = base_hash(model)
+        with _quiet():
+            adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError) as error:
+        raise UserError(f"lora: refused by peft: {' '.join(str(error).split())[:300]}") from error
+    adapted.base_sha256 = base
+    return adapted
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning of a name that transformers has changed and peft has not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+        yield
+
+
+def learned(model: PeftModel) -> str:
+    """What of a model learns, in words."""
+    trained, whole = model.get_nb_trainable_parameters()
+    share = f"{trained:,} of {whole:,} parameters ({100 * trained / whole:.2f} %)"
+    names = sorted({name.rpartition(".")[2] for name in getattr(model.base_model, "targeted_module_names", ())})
+    return f"lora: {share} learn" + (f", beside {', '.join(names)}" if names else "")
+
+
+def new_modules(model: PreTrainedModel) -> set[str]:
+    """Names of the modules that hold what the checkpoint lacked: a head, a pooler, a kernel's own parameters."""
+    found, base = set(), f"{model.base_model_prefix}."
+    for key in getattr(model, "new_weights", ()):
+        inside = key.partition(".kernel.")
+        if inside[1]:
+            found.add(f"{inside[0]}.kernel")
+        elif key.startswith(base):
+            found.add(base + key.removeprefix(base).partition(".")[0])
+        else:
+            found.add(key.partition(".")[0])
+    return found
+
+
+def _of_layers(model: PreTrainedModel, kind: str) -> dict[str, Any]:
+    """Which layers are adapted where a recipe names none."""
+    if isinstance(model, ZooPreTrainedModel):
+        targets = list(model.peft_targets[kind])
+    else:
+        targets = OFFICIAL_TARGETS[kind].get(model.config.model_type, [])
+    if not targets:
+        return {}  # peft's own
+    within = [name for name in targets if name in FEED_FORWARD]
+    return {"target_modules": targets} | ({"feedforward_modules": within} if kind == "ia3" else {})
+
+
+def _of_prompts(model: PreTrainedModel, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that peft does not find in every config."""
+    config: Any = model.config
+    embeddings: Any = model.get_input_embeddings()
+    heads = config.num_attention_heads
+    head_width = getattr(config, "d_kv", None) or config.hidden_size // heads
+    heads = (getattr(config, "block", None) or {}).get("num_key_value_heads") or heads
+    width = heads * head_width if kind == "prefix_tuning" else embeddings.weight.shape[1]
+    fields = {"num_virtual_tokens": 20, "token_dim": width, "num_attention_heads": heads}
+    fields |= {"num_layers": config.num_hidden_layers}
+    if kind == "p_tuning" or given.get("prefix_projection"):
+        fields["encoder_hidden_size"] = width
+    return fields
+
+
+def _check_prompts(model: PreTrainedModel, kind: str, task: str) -> None:
+    if TASK_KINDS.get(task) in (None, "FEATURE_EXTRACTION"):
+        raise UserError(f"lora.type: {kind} has no form for {task}; use lora or ia3")
+    if kind != "prefix_tuning" and task == "token-classification":
+        raise UserError(
+            f"lora.type: {kind} puts tokens before the text, which peft does not count in the places of tags; use "
+            "prefix_tuning, lora or ia3"
+        )
+    family, native = str(model.config.model_type).removeprefix("zoo_"), isinstance(model, ZooPreTrainedModel)
+    if kind == "prefix_tuning" and (family == "albert" or (not native and family == "distilbert")):
+        what = "runs one layer many times" if family == "albert" else "takes no keys in its official class"
+        remedy = "lora or ia3" if family == "albert" else "implementation: native, lora or ia3"
+        raise UserError(f"lora.type: {family} {what}, so there is no place for a prefix; use {remedy}")
+
+
+def _check_targets(model: PreTrainedModel, config: Any) -> None:
+    """Raises UserError for targets that match nothing, and for a rank that no layer has."""
+    wanted = getattr(config, "target_modules", None)
+    if wanted is None or wanted == "all-linear":
+        return
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    names = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    for one in names:
+        pattern = isinstance(wanted, str)
+        try:
+            found = [name for name in layers if _matches(one, name, pattern)]
+        except re.error as error:
+            raise UserError(f"lora.target_modules: {one!r} is no regular expression: {error}") from error
+        if not found:
+            there = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            near = "" if pattern else did_you_mean(one, there)
+            raise UserError(f"lora.target_modules: {one!r} matches no layer{near}; there are {', '.join(there)}")
+        for name in found if isinstance(getattr(config, "r", None), int) else ():
+            weight: Any = layers[name].weight
+            if config.r > min(weight.shape[:2]):
+                raise UserError(
+                    f"lora.r: {config.r} is more than the {min(weight.shape[:2])} of {name}, whose changes it spans "
+                    "all by then; give less"
+                )
+
+
+def _matches(wanted: str, name: str, pattern: bool) -> bool:
+    return bool(re.fullmatch(wanted, name)) if pattern else name == wanted or name.endswith(f".{wanted}")
+
+
+# Kept and opened again
+
+
+def save(model: PeftModel, section: ModelSection, directory: Path) -> None:
+    """The adapter, the base's config with the task's labels, and which base it is of."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path, config.revision = section.path, section.revision
+    base: Any = model.get_base_model()
+    # no new tokens, of which the library would look for the vocabulary of the base
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    official = isinstance(base, ZooPreTrainedModel) and is_standard(base.config)
+    (base.official_config() if official else base.config).save_pretrained(directory)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
+    write_json(directory / BASE, {**_named(section), "sha256": model.base_sha256})
+    assert_same_adapter(model, directory)
+
+
+def open_adapter(base: PreTrainedModel, section: ModelSection, directory: Path) -> PeftModel:
+    """The adapter in a finished directory, on its base. Raises UserError where it is of another one."""
+    try:
+        record = json.loads((directory / BASE).read_text(encoding="utf-8"))
+        wanted = record["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / BASE}: cannot be read: {error}; the adapter's directory is damaged") from error
+    if base_hash(base) != wanted:
+        raise UserError(
+            f"{directory}: its adapter is of other weights than {section.path} has now (hashes differ); put the base "
+            "back that it was trained on, or train anew"
+        )
+    try:
+        with _quiet():
+            model = PeftModel.from_pretrained(base, str(directory))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{directory}: its adapter does not fit {section.path}: {error}") from error
+    model.base_sha256 = wanted
+    assert_same_adapter(model, directory)
+    return model
+
+
+def _named(section: ModelSection) -> dict[str, Any]:
+    return {"path": section.path, "revision": section.revision, "implementation": section.implementation}
+
+
+def base_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of the names and values of a base's parameters, without what its checkpoint lacked."""
+    new, found = tuple(f"{name}." for name in new_modules(model)), hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not name.startswith(new):
+            found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raises RunError where nothing of what is to learn has a gradient."""
+    learned = [(name, one) for name, one in parameters if one.requires_grad]
+    if not any(one.grad is not None and bool(one.grad.any()) for _, one in learned):
+        names = ", ".join(name for name, _ in learned[:3]) or "none"
+        raise RunError(f"nothing learns: no gradient reaches any of {len(learned)} trained parameters ({names} ...)")
