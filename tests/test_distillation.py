@@ -83,6 +83,23 @@ def test_tokens_that_have_no_label_teach_nothing(teacher):
     assert torch.equal(distillation._learned({"attention_mask": mask}, divergence), mask.bool())
 
 
+def test_the_next_token_is_what_a_causal_teacher_tells(tmp_path):
+    _, model = make_pair("gpt2", "GPT2LMHeadModel", tmp_path)
+    labels = torch.tensor([[-100, -100, 5, 2, -100]])
+    learned = Distillation(DistillSection(teacher="x"), model)._learned({"labels": labels}, torch.zeros(1, 5))
+    assert learned.tolist() == [[False, True, True, False, False]]
+
+
+def test_choices_that_a_row_does_not_have_are_not_learned(tmp_path):
+    _, model = make_pair("bert", "BertForMultipleChoice", tmp_path)
+    distillation = Distillation(DistillSection(teacher="x"), model)
+    student, told = torch.randn(2, 2, 4).unbind()
+    inputs = {"labels": torch.tensor([[0, 2], [3, 4]])}
+    found = distillation._divergence(*distillation._real(inputs, student, told))
+    assert found[0] == pytest.approx(float(distillation._divergence(student[:1, :2], told[:1, :2])), rel=1e-5)
+    assert found[1] == pytest.approx(float(distillation._divergence(student[1:], told[1:])), rel=1e-5)
+
+
 def test_a_step_is_the_same_however_it_is_divided(teacher, tiny_bert, r8, tmp_path):
     """One batch of eight, or two of four, of unequal lengths: the same weights after the same steps."""
     found = []
@@ -137,7 +154,9 @@ def test_refusals(teacher, tiny_bert, r8, tmp_path):
         else:
             student = make_pair("t5", name, tmp_path / "t5")[0]
         with pytest.raises(UserError, match=message):
-            load_teacher(DistillSection(teacher=str(teacher)), student, recipe.model, task)
+            load_teacher(DistillSection(teacher=str(teacher)), student, recipe.model, task, None)
+    learned = ModelSection(config=config | {"num_hidden_layers": 2}, tokenizer={"type": "bert", "vocab_size": 60})
+    assert "by another vocabulary" in refused(model=learned)
     assert "nowhere" in refused(teacher=str(tmp_path / "nowhere"))
 
 

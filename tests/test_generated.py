@@ -122,12 +122,16 @@ REFUSED = [
     ("generated://listops?max_dept=4", "unknown key max_dept; did you mean max_depth"),
     ("generated://listops?train=0", "train=0: give a whole number of at least 1"),
     ("generated://listops?seed=-1", "seed=-1: give a whole number"),
-    ("generated://listops?min_length=99&max_length=100", "no length is more than min_length and less than max_length"),
+    ("generated://listops?min_length=99&max_length=100", "is more than min_length, 99, and less than max_length, 100"),
+    ("generated://listops?max_length=300", "no length is more than min_length, 500, and less than max_length, 300"),
+    ("generated://listops?max_arguments=1", "max_arguments=1: an operator has at least 2"),
+    ("generated://listops?max_depth=1&min_length=0&test=11", "only 10 different rows were found for test, not 11"),
 ]
 
 
 @pytest.mark.parametrize(("path", "message"), REFUSED)
-def test_refused_in_words(path, message, tmp_path):
+def test_refused_in_words(path, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(generated, "MOST_IN_VAIN", 1000)
     with pytest.raises(UserError, match=message):
         directory(path, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.special import expit, softmax
 from seqeval.metrics import classification_report
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import f1_score, matthews_corrcoef
-from transformers import AutoTokenizer, EvalPrediction
+from transformers import AutoTokenizer, BartConfig, EvalPrediction, GPT2Tokenizer, RobertaTokenizer
 
 from tests.conftest import NER, read_r8, write_csv
 from zoo.data import load_splits
@@ -94,6 +95,32 @@ def test_tags_stand_at_the_first_piece_of_their_token(tokenizer):
         assert pieces == [tokenizer.tokenize(word)[0] for word in words[: len(pieces)]]
         assert labels[0] == labels[-1] == -100
     assert [label for label in encoded["labels"][0] if label != -100] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [RobertaTokenizer, GPT2Tokenizer])
+def test_words_have_the_pieces_that_they_have_in_a_text(kind, tmp_path):
+    """Byte-level BPE has others behind a space; kept with the tokenizer, so that a pipeline reads the same."""
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"NewYork", "\u0120", "\u0120N", "\u0120Y"]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(letters))}
+    made = kind(vocab=vocabulary, merges=[("\u0120", "N"), ("\u0120", "Y")], unk_token="<unk>")
+    prepare = task_of(section("token-classification")).prepare
+    assert "\u0120Y" not in made.convert_ids_to_tokens(made(["New", "York"], is_split_into_words=True)["input_ids"])
+    prepare(made)
+    made.save_pretrained(tmp_path)
+    for one in (made, AutoTokenizer.from_pretrained(tmp_path)):
+        words = one(["New", "York"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        assert words == one("New York", add_special_tokens=False)["input_ids"]
+        assert one.convert_ids_to_tokens(words)[0] == "\u0120N"
+
+
+def test_what_is_longer_than_the_positions_of_an_official_writer():
+    model = SimpleNamespace(config=BartConfig(max_position_embeddings=64))
+    check = task_of(section("summarization")).check
+    check(section("summarization", max_length=64, max_target_length=64), model)
+    for key in ("max_length", "max_target_length"):
+        long = section("summarization", **{"max_length": 64, key: 65})
+        with pytest.raises(UserError, match=rf"task\.{key}: 65, but the model has 64 positions"):
+            check(long, model)
 
 
 def test_hidden_tokens_are_a_function_of_seed_epoch_and_row(tokenizer):

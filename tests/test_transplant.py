@@ -1,11 +1,13 @@
 """Another attention in a finished model: what is measured, what is healed, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.commands import zoo
+from tests.models.tiny import make_inputs, make_pair
 from tests.tiny_run import differing, make_recipe, weights
 from zoo import evaluation, transplant
 from zoo.errors import UserError
@@ -36,7 +38,7 @@ def test_errors_are_those_of_each_head(finished):
     recipe = transplant.healing_recipe(finished, "local", {"local": {"window": 2}}, None, [])
     swapped = transplant.load_model(recipe.model, opened.task.auto_class, opened.labels, opened.task.problem_type)
     found = list(transplant.errors(opened, swapped, 6))
-    rows, model = transplant._rows(opened), opened.model
+    (_, rows), model = transplant._rows(opened), opened.model
     heads = model.config.num_attention_heads
     for number, distance in enumerate(found):
         sums, highest = torch.zeros(2, heads), torch.zeros(heads)
@@ -108,6 +110,54 @@ def test_healing_takes_another_recipes_training(finished, tmp_path):
     assert (said.labels, said.logits, said.hidden) == (1.0, 0.0, 2.0) and said.teacher == str(finished)
     with pytest.raises(UserError, match=r"data\.limit: healing does not read it"):
         transplant.healing_recipe(finished, "linear", {}, None, ["data.limit=3"])
+
+
+def test_what_a_head_cannot_teach_is_not_asked_of_it(finished, tmp_path):
+    """Nor is a trial pushed where the run was."""
+    own = (finished / "recipe.yaml").read_text()
+    for number, (said, logits) in enumerate((("", 1.0), ("  problem_type: regression\n", 0.0))):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        changed = own.replace("task:\n", f"task:\n{said}").replace("hub:\n", "hub:\n  repo: me/mine\n")
+        (directory / "recipe.yaml").write_text(changed)
+        made = transplant.healing_recipe(directory, "linear", {}, None, ["distill.labels=0.5"])
+        assert (made.distill.labels, made.distill.logits, made.distill.hidden) == (0.5, logits, 1.0)
+        assert made.hub.repo is None and made.model.block is None
+
+
+def test_a_layer_that_runs_again_has_the_bound_of_its_own_turn(tmp_path):
+    """An ALBERT whose layers are full and local in turn: nothing is hidden in the full turns, something in the others."""
+    official, model = make_pair("albert", "AlbertForSequenceClassification", tmp_path)
+    swapped = type(model)(model.config.from_dict(model.config.to_dict())).eval()
+    swapped.load_state_dict(model.state_dict())
+    swapped.config.attention, swapped.config.attention_kwargs = ["full", "local"], {"local": {"window": 1}}
+    names = [name for name, module in model.named_modules() if hasattr(module, "self_attn")]
+    ids = make_inputs("albert", "AlbertForSequenceClassification", "none")["input_ids"][:1]
+    with torch.no_grad(), transplant._weighing(model), transplant._padded(swapped):
+        before, after, bounds = transplant._outputs(model, swapped, names, {"input_ids": ids})
+    turns = official.config.num_hidden_layers * official.config.inner_group_num
+    assert len(bounds) == turns and [bool(bound.any()) for bound in bounds] == [turn % 2 == 1 for turn in range(turns)]
+    for (_, old), (_, new), highest in zip(before, after, bounds, strict=True):
+        assert ((new - old).square().sum((0, 2)) <= highest + 1e-8).all()
+
+
+def test_without_a_test_split_it_is_measured_on_the_other(finished):
+    opened = open_finished(finished)
+    data = opened.recipe.data.model_copy(update={"files": {"train": "train.csv"}})
+    without = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
+    assert [transplant._rows(one)[0] for one in (opened, without)] == ["test", "eval"]
+
+
+def test_models_that_are_not_swapped(finished, tmp_path):
+    opened = open_finished(finished)
+    official = replace(opened, model=make_pair("bert", "BertForSequenceClassification", tmp_path / "bert")[0])
+    text = replace(opened, model=make_pair("t5", "T5ForConditionalGeneration", tmp_path / "t5")[1])
+    for one, says in ((official, "has an official class"), (text, "an encoder and a decoder learns from no teacher")):
+        with pytest.raises(UserError, match=says):
+            transplant._check(one, finished)
+    block = make_pair("bert", "BertForSequenceClassification", tmp_path / "block")[1]
+    block.config.block = {"positions": "rotary"}
+    transplant._check(replace(opened, model=block), finished)
 
 
 def test_refusals_in_words(finished, tmp_path):

@@ -4,20 +4,25 @@ Answers: Hinton et al. 2015 (arXiv 1503.02531), section 2. States: layer by laye
 (arXiv 1909.10351, equation 8), each in units of the teacher's own.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.errors import UserError
-from zoo.loading import load_model
+from zoo.loading import Processor, load_model, load_processor
 from zoo.sections import DistillSection, ModelSection
 from zoo.tasks import Task
 from zoo.tasks.base import IGNORED
 
 # what a teacher is not asked: it has no loss
 _NOT_ASKED = ("labels", "next_sentence_label", "sentence_order_label", "start_positions", "end_positions")
+# heads whose native classes keep no logits while they train
+WITHOUT_LOGITS = (
+    *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForPreTraining", "AutoModelForMaskedImageModeling"),
+)
 _ANSWERS = ("logits", "start_logits", "end_logits", "prediction_logits")
 
 
@@ -26,6 +31,8 @@ class Distillation:
 
     def __init__(self, section: DistillSection, teacher: PreTrainedModel):
         self.section = section
+        self.shifts = type(teacher).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        self.chooses = type(teacher).__name__.endswith("ForMultipleChoice")
         self.teacher = teacher.eval().requires_grad_(False)
 
     def asked(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +56,7 @@ class Distillation:
                 kind = type(self.teacher).__name__
                 raise UserError(f"distill.logits: {kind} makes none while it trains; use distill.logits: 0 and hidden")
             for name in made:
-                divergence = self._divergence(outputs[name], wanted[name])
+                divergence = self._divergence(*self._real(inputs, outputs[name], wanted[name]))
                 if divergence.ndim == 1:
                     of_rows = of_rows + self.section.logits * divergence.mean()
                 else:
@@ -66,11 +73,21 @@ class Distillation:
         # times t^2, so that gradients stay as large at any temperature (section 2)
         return F.kl_div(told, wanted, reduction="none", log_target=True).sum(-1) * t**2
 
+    def _real(self, inputs: dict[str, Any], *logits: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits, those of choices that a row does not have put out of reach."""
+        for one in logits:
+            if self.chooses:
+                # (batch, 2): which is right, and how many there are
+                there = torch.arange(one.shape[1], device=one.device) < inputs["labels"][:, 1:]
+                one = one.masked_fill(~there, torch.finfo(one.dtype).min / 4)
+            yield one
+
     def _learned(self, inputs: dict[str, Any], like: torch.Tensor) -> torch.Tensor:
         """(batch, length) bool: the places that have a label, or a token."""
         labels = inputs.get("labels")
         if labels is not None and labels.shape == like.shape:
-            return labels != IGNORED
+            # the logits of a place are about the token behind it
+            return (F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifts else labels) != IGNORED
         mask = inputs.get("attention_mask")
         return torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
 
@@ -85,7 +102,9 @@ def _of_states(student: Any, teacher: Any, mask: torch.Tensor | None) -> torch.T
     return torch.stack(found).mean()
 
 
-def load_teacher(section: DistillSection, student: PreTrainedModel, model: ModelSection, task: Task) -> Distillation:
+def load_teacher(
+    section: DistillSection, student: PreTrainedModel, model: ModelSection, task: Task, processor: Processor
+) -> Distillation:
     """Opens the teacher beside its student. Raises UserError where the one cannot learn from the other."""
     assert section.teacher is not None
     if task.learn is not None:
@@ -96,9 +115,18 @@ def load_teacher(section: DistillSection, student: PreTrainedModel, model: Model
         raise UserError(
             f"distill.logits: {task.problem_type} has no probabilities that add up to 1; use distill.logits: 0"
         )
+    if section.logits and model.implementation == "native" and task.auto_class in WITHOUT_LOGITS:
+        raise UserError(
+            f"distill.logits: the native head of {task.name} makes none while it trains; use distill.logits: 0 and "
+            "distill.hidden"
+        )
     opened = ModelSection(
         path=section.teacher, implementation=model.implementation, trust_remote_code=model.trust_remote_code
     )
+    if isinstance(processor, PreTrainedTokenizerBase):
+        theirs_reads: Any = load_processor(opened, "tokenizer")
+        if theirs_reads.get_vocab() != processor.get_vocab():
+            raise UserError(f"distill.teacher: {section.teacher} reads texts by another vocabulary than the model")
     teacher = load_model(opened, task.auto_class, whole=True)
     theirs, ours = teacher.config, student.config
     if section.logits and dict(theirs.id2label or {}) != dict(ours.id2label or {}):

@@ -32,6 +32,8 @@ OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "[SM": lambda values: sum(values) % 10,
 }
 VALUE_SHARE = 0.75
+# draws that bring no new expression, after which there are taken to be no more
+MOST_IN_VAIN = 1_000_000
 
 
 class _TooLong(Exception):
@@ -48,7 +50,9 @@ def listops(
     than max_length. A token is a digit, an operator with its bracket, or a closing bracket.
     """
     drawn, seen = random.Random(seed), set()
-    while True:
+    in_vain = 0
+    while in_vain < MOST_IN_VAIN:
+        in_vain += 1
         tokens: list[str] = []
         try:
             value = _expression(drawn, tokens, 1, max_depth, max_arguments, max_length)
@@ -57,6 +61,7 @@ def listops(
         text = " ".join(tokens)
         if min_length < len(tokens) < max_length and text not in seen:
             seen.add(text)
+            in_vain = 0
             yield {"text": text, "label": str(value)}
 
 
@@ -96,10 +101,17 @@ def directory(path: str, cache: Path) -> Path:
         count = sum(settings[split] for split in SPLITS)
         with tqdm(total=count, desc=f"Making {name}", unit="row", delay=2) as bar:
             for split in SPLITS:
+                found = 0
                 with (new / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
                     for row in islice(rows, settings[split]):
                         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                         bar.update()
+                        found += 1
+                if found < settings[split]:
+                    raise UserError(
+                        f"{path}: only {found:,} different rows were found for {split}, not {settings[split]:,}; ask "
+                        "for fewer, or allow longer and deeper ones"
+                    )
         new.rename(made)
     except OSError:
         # another process has made the same in the meantime
@@ -132,8 +144,12 @@ def _parsed(path: str) -> tuple[str, dict[str, int]]:
         if not value.isascii() or not value.isdigit() or (key in SPLITS and int(value) == 0):
             raise UserError(f"{path}: {key}={value}: give a whole number{' of at least 1' if key in SPLITS else ''}")
         asked[key] = int(value)
-    if asked.get("min_length", 0) + 2 > {**known, **asked}.get("max_length", 2**31):
-        raise UserError(f"{path}: no length is more than min_length and less than max_length")
+    settings = {**known, **asked}
+    shortest, longest = settings.get("min_length", 0), settings.get("max_length", 2**31)
+    if shortest + 2 > longest:
+        raise UserError(f"{path}: no length is more than min_length, {shortest}, and less than max_length, {longest}")
+    if settings.get("max_arguments", 2) < 2:
+        raise UserError(f"{path}: max_arguments={settings['max_arguments']}: an operator has at least 2")
     return parts.netloc, asked
 
 

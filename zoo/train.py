@@ -118,7 +118,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     trainer = build_trainer(recipe, task, model, processor, arguments, splits.labels, rows["train"], rows["validation"])
     trainer.data = data_of(recipe.data)
     if recipe.distill.teacher is not None:
-        trainer.distillation = load_teacher(recipe.distill, model, recipe.model, task)
+        trainer.distillation = load_teacher(recipe.distill, model, recipe.model, task, processor)
     checkpoint = _claim(recipe, output_dir, arguments)
     if isinstance(recipe.model.tokenizer, TokenizerSection) and not kept.is_dir():
         # not before, so that a run that is refused leaves nothing behind

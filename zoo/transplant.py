@@ -21,15 +21,18 @@ from tqdm.auto import tqdm
 
 from zoo import train
 from zoo.data import load_splits
+from zoo.distillation import WITHOUT_LOGITS
 from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.files import write_json
 from zoo.loading import load_model
-from zoo.model_directory import RECIPE, Finished, has_variant, open_finished, read_metrics
+from zoo.model_directory import RECIPE, Finished, open_finished, read_metrics
 from zoo.models.attention_variants import ATTENTIONS, FULL, pattern_of, variant_of_layer
+from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.sections import DistillSection
+from zoo.tasks import task_of
 from zoo.variants import contradictions
 
 REPORT = "transplant.json"
@@ -70,8 +73,7 @@ def run(
     for keys, text in contradictions({"attention": names}, attention_kwargs):
         raise UserError(f"transplant: {'.'.join(map(str, keys))}: {text}")
     finished = open_finished(directory)
-    if has_variant(finished.model):
-        raise UserError(f"transplant: {directory} has {finished.model.config.attention!r} attention already, not full")
+    _check(finished, directory)
     recipe = healing_recipe(directory, attention, attention_kwargs, heal, overrides)
     swapped = load_model(recipe.model, finished.task.auto_class, finished.labels, finished.task.problem_type)
     train.check_directory(recipe, output_dir, resume)
@@ -91,6 +93,21 @@ def run(
     return report
 
 
+def _check(finished: Finished, directory: Path) -> None:
+    """Raises UserError for a model whose attention cannot be swapped, or that no teacher heals."""
+    model, task = finished.model, finished.task
+    if finished.recipe.lora:
+        raise UserError(f"transplant: {directory} is an adapter; its base is what has attention")
+    if not isinstance(model, ZooPreTrainedModel):
+        raise UserError(f"transplant: {directory} has an official class, which knows full attention only")
+    if model.config.is_encoder_decoder or task.learn is not None:
+        what = "a model with an encoder and a decoder" if task.learn is None else task.name
+        raise UserError(f"transplant: {what} learns from no teacher; train it with model.attention instead")
+    own = model.config.attention
+    if set([own] if isinstance(own, str) else own) != {FULL}:
+        raise UserError(f"transplant: {directory} has {own!r} attention already, not full")
+
+
 def healing_recipe(
     directory: Path,
     attention: str | list[str],
@@ -106,6 +123,9 @@ def healing_recipe(
             raise UserError(f"{key}: healing does not read it; it takes train and distill")
     teacher = f"distill.teacher={json.dumps(str(directory))}"
     with_keys = load_recipe(heal or str(directory / RECIPE), [*overrides, teacher])
+    kind = with_keys.task.problem_type
+    quiet = task_of(own.task).auto_class in WITHOUT_LOGITS or kind in ("regression", "multi_label_classification")
+    heal_by = HEAL | ({"logits": 0.0} if quiet else {})
     short: dict[str, Any] = {}
     if heal is None and not {"train.num_train_epochs", "train.max_steps"} & asked:
         short = {"num_train_epochs": 1, "max_steps": -1}
@@ -116,15 +136,21 @@ def healing_recipe(
         **dict.fromkeys(("size", "tokenizer", "revision")),
         "path": str(directory), "added_tokens": [], "config": {}, "attention": attention,
         "attention_kwargs": attention_kwargs,
+        # the checkpoint keeps its blocks
+        "block": None,
     }  # fmt: skip
-    plain = with_keys.distill == DistillSection(teacher=str(directory))
-    said["distill"] = with_keys.distill.model_dump() | (HEAL if plain else {})
+    # a trial is no new version of what was published
+    said["hub"] = {}
+    written = own.distill if heal is None else load_recipe(heal).distill
+    plain = written == DistillSection(teacher=written.teacher)
+    kept = {key for key in heal_by if plain and f"distill.{key}" not in asked}
+    said["distill"] = with_keys.distill.model_dump() | {key: heal_by[key] for key in kept}
     return Recipe.model_validate(said)
 
 
 def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Distance]:
     """Of each attention layer in turn, over the first `texts` rows that the model was tested on, one at a time."""
-    rows = _rows(finished)
+    _, rows = _rows(finished)
     count = min(texts, len(rows))
     collate = finished.task.collate(finished.processor, finished.recipe.task, **_fields(finished))
     names = [name for name, module in finished.model.named_modules() if hasattr(module, "self_attn")]
@@ -188,17 +214,17 @@ def bound(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor) ->
     return (hidden * apart[:, None]).square().sum(-1)
 
 
-def _bound_of(attention, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _bound_of(attention, layer: int, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`bound` of a layer that has a pattern now; NaN of one that has none. values: (1, tokens, width)."""
     heads, queries, keys = weights.shape[1:]
-    name = variant_of_layer(attention.config, attention.layer_idx)
+    name = variant_of_layer(attention.config, layer)
     if name in ATTENTIONS:
         return weights.new_full((heads,), math.nan)
     own = values[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
     own = own.repeat_interleave(attention.num_key_value_groups, 0)
     if name == FULL:
         return weights.new_zeros(heads)
-    pattern = pattern_of(attention.config, name, attention.is_causal, attention.layer_idx)
+    pattern = pattern_of(attention.config, name, attention.is_causal, layer)
     places = torch.arange(keys, device=weights.device)
     of_head = torch.arange(heads, device=weights.device)[:, None, None]
     return bound(weights[0], own, pattern(places[:queries, None], places[None, :], of_head))
@@ -222,7 +248,8 @@ def _outputs(model, swapped, names: list[str], batch: dict[str, Any]):
         return hook
 
     def weigh(attention):
-        return lambda module, args, output: bounds.append(_bound_of(attention, output[1], values.pop()))
+        # a layer that runs several times (ALBERT) has another pattern each time
+        return lambda module, args, output: bounds.append(_bound_of(attention, len(bounds), output[1], values.pop()))
 
     with ExitStack() as hooks:
         for side, one in enumerate((model, swapped)):
@@ -252,13 +279,13 @@ def _giver(queue: deque):
     return lambda module, args: (queue.popleft(), *args[1:])
 
 
-def _rows(finished: Finished):
-    """What the model was tested on, or else chosen by, as it reads it."""
+def _rows(finished: Finished) -> tuple[str, Any]:
+    """What the model was tested on, or else chosen by, as it reads it; before it, what its metrics begin with."""
     recipe, task = finished.recipe, finished.task
     seed = recipe.train.get("seed", 42)
     splits = load_splits(recipe.data, task.roles, seed, finished.labels, task.labels)
-    split = splits.test if splits.test is not None else splits.validation
-    return encoded(split, recipe, task, finished.processor, seed)[0]
+    prefix, split = ("test", splits.test) if splits.test is not None else ("eval", splits.validation)
+    return prefix, encoded(split, recipe, task, finished.processor, seed)[0]
 
 
 def _fields(finished: Finished) -> dict[str, Any]:
@@ -271,7 +298,8 @@ def _measured(recipe: Recipe, finished: Finished, swapped) -> dict[str, Any]:
         plain = recipe.model_copy(update={"train": {"per_device_eval_batch_size": 16, "disable_tqdm": False}})
         arguments = train.training_arguments(plain, Path(scratch))
         trainer = train.build_trainer(recipe, finished.task, swapped, finished.processor, arguments, finished.labels)
-        return trainer.evaluate(_rows(finished), metric_key_prefix="test")
+        prefix, rows = _rows(finished)
+        return trainer.evaluate(rows, metric_key_prefix=prefix)
 
 
 def _of_test(metrics: dict[str, Any]) -> dict[str, Any]:

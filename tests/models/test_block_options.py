@@ -380,3 +380,19 @@ def test_a_bias_is_made_for_the_pairs_of_blocks_alone(monkeypatch):
     with torch.no_grad():
         model(torch.randint(3, 60, (1, length)))
     assert made and sum(bias.numel() for bias in made) < 3 * 4 * length * length / 4
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_bias_in_a_wide_grid_of_short_texts(family):
+    """The grid is wide enough for blocks, the texts are not: every way computes the same."""
+    block = {"positions": "alibi"} if family == "bert" else {}
+    model = tiny(family, block=block, attention="local", attention_kwargs={"local": {"window": 8}})
+    model = getattr(model, "encoder", model)
+    ids, mask = torch.full((2, masks.BLOCKED_FROM + 8), 1), torch.zeros(2, masks.BLOCKED_FROM + 8, dtype=torch.long)
+    ids[:, :40], mask[:, :40] = torch.randint(3, 60, (2, 40)), 1
+    with torch.no_grad():
+        model.set_ragged("off")
+        wide = model(input_ids=ids, attention_mask=mask)[0]
+        model.set_ragged("on")
+        assert_close(wide[:, :40], model(input_ids=ids, attention_mask=mask)[0][:, :40], "packed")
+        assert_close(wide[:, :40], model(input_ids=ids[:, :40])[0], "without padding")

@@ -212,6 +212,20 @@ def test_linformer_begins_with_means_of_any_text(length):
     assert (out - 1).abs().max() < 1e-12
 
 
+def test_linformer_attends_to_slots_that_begin_within_a_text():
+    """Whatever it has learned: of 64 positions in 16 slots, ten tokens begin three."""
+    kernel, states = make("linformer"), draw(10)
+    with torch.no_grad():
+        for projection in (kernel.key_projection, kernel.value_projection):
+            projection.add_(0.3 * torch.randn_like(projection))
+        before = kernel(*states, SCALING)
+        for projection in (kernel.key_projection, kernel.value_projection):
+            projection[:, 3:] += 1
+        assert torch.equal(kernel(*states, SCALING), before)
+        kernel.value_projection[:, 2] += 1
+        assert not torch.allclose(kernel(*states, SCALING), before)
+
+
 def test_linformer_is_its_formula():
     """arXiv 2006.04768, equation 7."""
     q, k, v = draw(40)

@@ -62,11 +62,8 @@ class LayerMasks:
     @property
     def in_blocks(self) -> bool:
         """Whether every layer's pattern is computed in blocks, so that none looks at all pairs."""
-        return all(
-            isinstance(mask, InRows)
-            or (isinstance(mask, DocumentMask) and not mask.causal and mask.length >= BLOCKED_FROM)
-            for mask in self._made.values()
-        )
+        masks = [mask.mask if isinstance(mask, InRows) else mask for mask in self._made.values()]
+        return all(isinstance(mask, DocumentMask) and not mask.causal and mask.length >= BLOCKED_FROM for mask in masks)
 
     def by_kernel(self, layer_idx: int) -> bool:
         """Whether a layer has its own maths, which may need every query."""

@@ -22,7 +22,7 @@ class Linformer(Kernel):
 
     `rank`: slots. `max_length`: tokens, at most; the model's own positions unless given. `sharing`: which heads have
     the same projections: each its own (`head`), those of a `layer` (default), all of the `model`. `start`: `mean`, each
-    slot begins as the mean of neighbours, or `random`. A slot that no token of a text goes into is not attended to.
+    slot begins as the mean of neighbours, or `random`. With `mean`, a text attends to the slots that begin within it.
     """
 
     cross = True
@@ -68,9 +68,13 @@ class Linformer(Kernel):
         """(length,): each token goes into one slot at the start; slots differ by one token at most."""
         return torch.arange(length) * self.rank // self.max_length
 
+    def _edges(self) -> torch.Tensor:
+        """(rank + 1,): the first token of each slot at the start, and the end."""
+        return (torch.arange(self.rank + 1) * self.max_length + self.rank - 1) // self.rank
+
     def _shares(self, length: int) -> torch.Tensor:
         """(rank, 1): what makes the sum of a slot that a text fills only in part the mean of that part."""
-        edges = (torch.arange(self.rank + 1) * self.max_length + self.rank - 1) // self.rank
+        edges = self._edges()
         whole = edges[1:] - edges[:-1]
         here = torch.minimum(whole, length - edges[:-1])
         return torch.where(here > 0, whole / here.clamp(min=1), 1.0).unsqueeze(1)
@@ -84,9 +88,11 @@ class Linformer(Kernel):
             shares = self._shares(length).to(by_key)
             by_key, by_value = by_key * shares, by_value * shares
         key, value = by_key.to(key.dtype) @ key, by_value.to(value.dtype) @ value
-        reached = (by_key != 0).any(-1).logical_and((by_value != 0).any(-1))[None, :, None]
+        mask = None
         # a graph cannot branch on it
-        mask = None if not is_tracing() and bool(reached.all()) else reached
+        if self.start == "mean" and (is_tracing() or length < self.max_length):
+            # by where slots begin, not by weights that are learned: one small step, and all would be attended to
+            mask = (self._edges()[:-1] < length).to(key.device)[None, None, None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 

@@ -5,11 +5,22 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, EvalPrediction, Pipeline, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, EvalPrediction, Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
+from zoo.errors import UserError
 from zoo.sections import TaskSection
 from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
-from zoo.tasks.base import IGNORED, Collate, Rows, arrays, check_padding, cut, token_counts
+from zoo.tasks.base import (
+    IGNORED,
+    Collate,
+    Rows,
+    arrays,
+    check_length,
+    check_padding,
+    cut,
+    position_count,
+    token_counts,
+)
 
 Measure = Callable[[Sequence[str], Sequence[str]], dict[str, float]]  # of gold and predicted texts
 
@@ -90,6 +101,14 @@ written = model.generate(**tokenizer({text!r}, return_tensors="pt"))
 print(tokenizer.decode(written[0], skip_special_tokens=True))"""
 
 
+def _check(section: TaskSection, model: PreTrainedModel) -> None:
+    """Raises UserError where texts, read or written, may be longer than the model has positions for."""
+    check_length(section, model)
+    positions, written = position_count(model), _target_length(section)
+    if positions is not None and written > positions:
+        raise UserError(f"task.max_target_length: {written}, but the model has {positions} positions")
+
+
 def text_to_text(measure: Measure, metric_names: tuple[str, ...]) -> dict[str, Any]:
     """What a Task is whose second role is written for the first, `text`, apart from its name, head and roles."""
 
@@ -104,6 +123,7 @@ def text_to_text(measure: Measure, metric_names: tuple[str, ...]) -> dict[str, A
         "metrics": metrics,
         "metric_names": metric_names,
         "records": _records,
+        "check": _check,
         "writes": True,
         "pipeline": _pipeline,
         "answer": lambda section, answer: {"predicted": answer},

@@ -1,5 +1,6 @@
 """A tag for each token of a text: names (BIO, IOB2 and the like, measured by spans) or parts of speech."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,23 @@ from zoo.tasks.base import (
     token_counts,
 )
 from zoo.tasks.spans import scores
+
+
+def _prepare(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Byte-level BPE (RoBERTa, GPT-2) has other pieces for a word behind a space: tokens get one, as texts have it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    written = json.loads(backend.to_str()) if backend is not None else {}
+    first = written.get("pre_tokenizer") or {}
+    steps = first.get("pretokenizers", [first])
+    bare = [step for step in steps if step.get("type") == "ByteLevel" and not step.get("add_prefix_space")]
+    if bare and backend is not None:
+        for step in bare:
+            step["add_prefix_space"] = True
+        tokenizer._tokenizer = type(backend).from_str(json.dumps(written))
+        # the class makes its pre-tokenizer anew when it is opened, by this
+        tokenizer.init_kwargs["add_prefix_space"] = tokenizer.add_prefix_space = True
+        print("the tokenizer puts a space before each token, as texts have one between words, and is saved so")
+    return {}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, section: TaskSection):
@@ -88,6 +106,7 @@ def _answer(section: TaskSection, answer: Any) -> dict[str, Any]:
 TOKEN_CLASSIFICATION = Task(
     name="token-classification",
     auto_class="AutoModelForTokenClassification",
+    prepare=_prepare,
     roles=TASK_TYPES["token-classification"].roles,
     labels=LABEL_KINDS["tags"],
     encode=_encode,
