@@ -440,7 +440,7 @@ def test_shipped_recipes(tmp_path):
     package = tmp_path / "site" / "zoo"
     package.mkdir(parents=True)
     names = ("__init__", "errors", "files", "library_schema", "recipe", "recipe_loading", "recipe_yaml", "sections")
-    for name in (*names, "data_sections", "sources", "task_types", "derived", "variants", "generated"):
+    for name in (*names, "data_sections", "sources", "task_types", "adapter_types", "derived", "variants", "generated"):
         shutil.copy(REPO / "zoo" / f"{name}.py", package)
     for folder in (tmp_path / "site" / "recipes", package / "_recipes"):
         (folder / "bert").mkdir(parents=True)

@@ -126,7 +126,7 @@ def test_what_a_head_cannot_teach_is_not_asked_of_it(finished, tmp_path):
 
 
 def test_a_layer_that_runs_again_has_the_bound_of_its_own_turn(tmp_path):
-    """An ALBERT whose layers are full and local in turn: nothing is hidden in the full turns, something in the others."""
+    """An ALBERT whose layers are full and local in turn: the full turns hide nothing, the others something."""
     official, model = make_pair("albert", "AlbertForSequenceClassification", tmp_path)
     swapped = type(model)(model.config.from_dict(model.config.to_dict())).eval()
     swapped.load_state_dict(model.state_dict())

@@ -16,8 +16,9 @@ import peft
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
 from zoo.errors import RunError, UserError, did_you_mean
@@ -207,6 +208,8 @@ def open_adapter(base: PreTrainedModel, section: ModelSection, directory: Path) 
             f"{directory}: its adapter is of other weights than {section.path} has now (hashes differ); put the base "
             "back that it was trained on, or train anew"
         )
+    if (directory / GENERATION_CONFIG_NAME).exists():
+        base.generation_config = GenerationConfig.from_pretrained(directory)
     try:
         with _quiet():
             model = PeftModel.from_pretrained(base, str(directory))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
@@ -55,7 +56,7 @@ def card(
     derived = list(dict.fromkeys(part.derive for part in recipe.data.parts if part.derive is not None))
     data_name += f" ({', '.join(derived)})" if derived else ""
     data_card = ModelCardData(
-        library_name=task.library,
+        library_name="peft" if recipe.lora else task.library,
         pipeline_tag=task.tag or task.name,
         license=licence,
         base_model=path if model_source is not None and model_source.kind == "hub" else None,
@@ -118,6 +119,11 @@ def _per_class(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _usage(recipe: Recipe, task: Task, usage: str | None, variant: bool) -> str:
+    if recipe.lora:
+        classes = "this project's native" if recipe.model.implementation == "native" else "the official"
+        said = f"An adapter of peft on {classes} class of the base, whose weights `base.json` names and hashes:"
+        asked = shlex.quote(task.example.strip('"')) if task.asked[1:] in ((), ("text_pair",)) else "--file rows.jsonl"
+        return "\n".join([said, "", "```bash", f"zoo predict . {asked}", "```"])
     trusted = ", trust_remote_code=True" if variant else ""
     cut = f", truncation=True, max_length={recipe.task.max_length}" if task.name == "text-classification" else ""
     prefix = json.dumps(recipe.task.prefix or "", ensure_ascii=False)[1:-1]

@@ -101,12 +101,12 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         length = recipe.task.max_target_length or DEFAULT_TARGET_LENGTH
         # said outright: a pipeline would draw where nothing is said
         generation = set_generation(model, {"max_new_tokens": length, "do_sample": False, **settings}, recipe.generate)
-    task.check(recipe.task, model)
     if recipe.task.packing:
         check_kept_apart(model)
     if recipe.lora:
         model = adapters.adapt(model, recipe.lora, task.name)
         print(adapters.learned(model))
+    task.check(recipe.task, model)
     rows = {}
     for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is not None:

@@ -176,14 +176,15 @@ def token_counts(encoded: Dataset, texts: int, section: TaskSection) -> str:
 
 
 def position_count(model: PreTrainedModel) -> int | None:
-    """How many tokens a model has positions for; None where they go on without end."""
+    """How many tokens a model has positions for, behind a learned prefix; None where they go on without end."""
     config: Any = model.config
     if (getattr(config, "block", None) or {}).get("positions", "learned") != "learned":
         return None
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and str(config.model_type).removeprefix("zoo_") in COUNTS_FROM_PADDING:
         positions -= config.pad_token_id + 1
-    return positions
+    prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    return positions if positions is None else positions - prefix
 
 
 def check_length(section: TaskSection, model: PreTrainedModel) -> None:
