@@ -77,6 +77,22 @@ def test_the_nearest_sentence(tmp_path):
     assert found["the sentence nearest to the question"] == nearest
 
 
+def test_tokens_of_answers(tiny_bert, tmp_path):
+    """Of chats the answers alone count: "c c" behind "a" and "b", and what ends them."""
+    for split in ("train", "test"):
+        write_jsonl(
+            tmp_path / f"{split}.jsonl", [{"prompt": word, "completion": "c c"} for word in "ab" for _ in range(4)]
+        )
+    config = {"model_type": "gpt2"}
+    found = run(
+        recipe(tmp_path, {"type": "instruction-tuning", "max_length": 32}, config=config, tokenizer=str(tiny_bert))
+    )
+    counts = np.array([2, 1])
+    entropy = -(counts / 3 * np.log(counts / 3)).sum()
+    assert found["unigram entropy of the text itself"]["token_loss"] == pytest.approx(entropy)
+    assert found["bigram of train"]["token_loss"] < found["unigram of train"]["token_loss"]
+
+
 def test_next_tokens(tiny_bert, tmp_path):
     texts = {split: [text for text, _ in read_r8(split, count)] for split, count in (("train", 200), ("test", 40))}
     for split, part in texts.items():

@@ -267,6 +267,13 @@ def test_directories_that_are_refused(recipe, finished, tmp_path):
     assert (finished / "recipe.yaml").read_text() == recipe.to_yaml()
 
 
+def test_a_run_of_a_version_that_had_fewer_keys_goes_on(recipe, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "old")
+    written = recipe.to_yaml()
+    (tmp_path / "old" / "recipe.yaml").write_text(written.replace("lora: {}\n", "").replace("seeds: []\n", ""))
+    assert "lora: {}\n" in written and run(recipe, tmp_path / "old", resume=True)["test_loss"] > 0
+
+
 def test_one_run_at_a_time(recipe, tmp_path):
     directory = tmp_path / "run"
     process = SERVER.Process(target=run, args=(recipe, directory))

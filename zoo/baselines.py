@@ -1,7 +1,7 @@
 """`zoo baseline`: what the simplest methods reach on a recipe's data, measured as its model is."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
 from math import exp, log
 from pathlib import Path
@@ -25,6 +25,7 @@ from zoo.images import open_image
 from zoo.loading import fit_images, load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import spans, task_of
+from zoo.tasks.base import IGNORED
 from zoo.tasks.masked_images import hidden_pixels
 from zoo.tasks.retrieval import ranks, retrieval, text_id
 from zoo.tasks.squad import squad
@@ -34,6 +35,8 @@ from zoo.tokenizer import processor_for
 from zoo.train import training_arguments
 
 PIXELS = 28  # a side of the images that logistic regression sees
+# tokens that count, and pairs of a token that is measured and the one before it
+Piece = tuple[list[int], list[tuple[int, int]]]
 SENTENCE = regex.compile(r".+?[.!?](?=\s|$)|.+$", regex.DOTALL)
 
 
@@ -194,7 +197,7 @@ def _frequent(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[s
 
 
 def _tokens(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
-    """Nats a token, of the tokens that the model is measured on: all but the first of each piece.
+    """Nats a token, of the tokens that the model is measured on: all but the first of each piece, or of answers alone.
 
     unigram, bigram: counts of train, smoothed by interpolation, their weights chosen on the validation split. entropy:
     of the counts of the measured text itself, which no unigram model of it can undercut; that of its bigrams falls with
@@ -202,14 +205,15 @@ def _tokens(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str
     """
     assert splits.validation is not None
     tokenizer = processor_for(recipe.model, "tokenizer", splits)
+    task_of(recipe.task).prepare(tokenizer)
     train, tuned, asked = (_pieces(recipe, tokenizer, part) for part in (splits.rows, splits.validation, rows))
-    once, twice = Counter(t for piece in train for t in piece), Counter(p for piece in train for p in _pairs(piece))
-    first = Counter(a for piece in train for a in piece[:-1])
+    once, twice = Counter(t for tokens, _ in train for t in tokens), Counter(p for _, pairs in train for p in pairs)
+    first = Counter(a for _, pairs in train for a, _ in pairs)
     total, size = sum(once.values()), len(tokenizer)  # type: ignore[arg-type]
 
-    def nats(pieces: list[list[int]], bigrams: float) -> float:
+    def nats(pieces: list[Piece], bigrams: float) -> float:
         losses = []
-        for a, b in (pair for piece in pieces for pair in _pairs(piece)):
+        for a, b in (pair for _, pairs in pieces for pair in pairs):
             unigram = (once[b] + 1) / (total + size)
             # the rarer a token is, the less is known of what follows it (Witten and Bell 1991)
             weight = first[a] / (first[a] + bigrams) if bigrams else 0.0
@@ -219,21 +223,24 @@ def _tokens(recipe: Recipe, splits: Splits, rows: Dataset) -> Iterator[tuple[str
     yield "unigram of train", {"token_loss": nats(asked, 0.0)}
     best = min((10.0, 30.0, 100.0, 300.0, 1000.0), key=lambda weight: nats(tuned, weight))
     yield "bigram of train", {"token_loss": nats(asked, best)}
-    learned = Counter(b for piece in asked for _, b in _pairs(piece))
-    pairs = Counter(p for piece in asked for p in _pairs(piece))
-    single, joint = _entropy(learned), _entropy(pairs)
-    before = _entropy(Counter(a for piece in asked for a in piece[:-1]))
+    learned = Counter(b for _, pairs in asked for _, b in pairs)
+    joint = _entropy(Counter(p for _, pairs in asked for p in pairs))
+    single, before = _entropy(learned), _entropy(Counter(a for _, pairs in asked for a, _ in pairs))
     yield "unigram entropy of the text itself", {"token_loss": single}
     yield "bigram entropy of the text itself", {"token_loss": joint - before}
 
 
-def _pieces(recipe: Recipe, tokenizer: Any, rows: Dataset) -> list[list[int]]:
+def _pieces(recipe: Recipe, tokenizer: Any, rows: Dataset) -> list[Piece]:
     encode = task_of(recipe.task).encode(tokenizer, recipe.task)
-    return list(rows.map(encode, batched=True, remove_columns=rows.column_names)["input_ids"])
-
-
-def _pairs(piece: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return pairwise(piece)
+    # of several texts a piece, and chats without an answer are none
+    pieces = rows.map(encode, batched=True, remove_columns=rows.column_names)
+    if "learned" not in pieces.column_names:
+        return [(piece, list(pairwise(piece))) for piece in pieces["input_ids"]]
+    found = []
+    for piece, labels in zip(pieces["input_ids"], pieces["labels"], strict=True):
+        pairs = [pair for pair, label in zip(pairwise(piece), labels[1:], strict=True) if label != IGNORED]
+        found.append(([token for _, token in pairs], pairs))
+    return found
 
 
 def _entropy(counts: Counter) -> float:
@@ -284,5 +291,6 @@ _OTHERS: dict[str, Callable[..., Iterator[tuple[str, dict[str, float]]]]] = {
     "sentence-order-prediction": _frequent,
     "span-corruption": _frequent,
     "text-generation": _tokens,
+    "instruction-tuning": _tokens,
     "masked-image-modeling": _hidden,
 }

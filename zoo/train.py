@@ -38,6 +38,7 @@ from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.packed_rows import check_kept_apart
 from zoo.recipe import Recipe
+from zoo.recipe_loading import load_recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
 from zoo.samples import WithDraws
 from zoo.sections import TokenizerSection
@@ -211,12 +212,20 @@ def check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
                 f"--output-dir {output_dir}: holds {state} run; add --resume to continue it, delete it, or choose "
                 "another --output-dir"
             )
-        if not old.is_file() or old.read_bytes() != recipe.to_yaml().encode():
+        if not _says(old, recipe):
             raise UserError(f"--output-dir {output_dir}: its run had another recipe ({old}); choose another directory")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
+
+
+def _says(file: Path, recipe: Recipe) -> bool:
+    """Whether a run's recipe is this one; one that an older version wrote may lack keys that have come since."""
+    try:
+        return file.read_bytes() == recipe.to_yaml().encode() or load_recipe(str(file)) == recipe
+    except (OSError, UserError):
+        return False
 
 
 def _is_ours(path: Path) -> bool:
