@@ -15,6 +15,7 @@ from tests.tiny_run import make_recipe
 from zoo import evaluation, prediction
 from zoo.errors import UserError
 from zoo.model_directory import open_finished
+from zoo.quantized import quantised_layers
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.train import run
@@ -121,6 +122,13 @@ def test_a_prefix_takes_positions(bases, tmp_path):
         run(recipe, tmp_path / "run")
 
 
+def test_an_adapter_on_8_bits_is_opened_on_8_bits(tiny_bert, r8, tmp_path):
+    changes = {"lora": {"r": 4}, "quantize": {"load_in_8bit": True}}
+    run(make_recipe(tiny_bert, r8, SHORT).model_copy(update=changes), tmp_path / "run")
+    as_before(tmp_path / "run")
+    assert quantised_layers(open_finished(tmp_path / "run").model.get_base_model())
+
+
 def test_an_adapter_of_other_weights_is_refused(tiny_bert, adapter, r8, tmp_path):
     base, run_dir = tmp_path / "base", tmp_path / "run"
     shutil.copytree(tiny_bert, base)
@@ -149,6 +157,8 @@ REFUSED = [
     ("lora: {type: ia3}\nfinetune: {loraplus_lr_ratio: 2.0}", "ia3 has no two matrices"),
     ("finetune: {loraplus_lr_ratio: 2.0}", "it is of adapters, and there is no section lora"),
     ("lora: {r: 4}\nmodel: {size: bert-tiny, path: null, tokenizer: x}", "random weights hold nothing to adapt"),
+    ("quantize: {load_in_4bit: true}", "quantize: weights of 8 or 4 bits do not learn; add a section lora"),
+    ("lora: {r: 4}\nquantize: {load_in_4bits: true}", "quantize.load_in_4bits: unknown key; did you mean load_in_4bit"),
     ("lora: {r: 4}\nmodel: {added_tokens: [x]}", "their embeddings would be no part of the adapter"),
 ]
 

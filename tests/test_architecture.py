@@ -21,7 +21,7 @@ LAYERS = [
     {"data_sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
     {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples", "finetuning"}
-    | {"packed_rows"},
+    | {"packed_rows", "quantized"},
     {"fresh", "roles"},
     {"streaming"},
     {"loading", "data", "tasks"},

@@ -25,7 +25,7 @@ from zoo.errors import RunError, UserError, did_you_mean
 from zoo.files import write_json
 from zoo.models.pretrained import ZooPreTrainedModel, is_standard
 from zoo.sections import ModelSection
-from zoo.weights import assert_same_adapter
+from zoo.weights import assert_same_adapter, saved_tensors
 
 CONFIG, BASE = "adapter_config.json", "base.json"
 # what peft calls a task; of others it knows no head, and its form for questions (QUESTION_ANS) loses the segments that
@@ -65,13 +65,10 @@ def adapt(model: PreTrainedModel, section: Mapping[str, Any], task: str) -> Peft
         )
         if not prompts:
             _check_targets(model, config)
-        # before some methods change the weights (PiSSA)
-        base = base_hash(model)
         with _quiet():
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"lora: refused by peft: {' '.join(str(error).split())[:300]}") from error
-    adapted.base_sha256 = base
     return adapted
 
 
@@ -165,10 +162,12 @@ def _check_targets(model: PreTrainedModel, config: Any) -> None:
             near = "" if pattern else did_you_mean(one, there)
             raise UserError(f"lora.target_modules: {one!r} matches no layer{near}; there are {', '.join(there)}")
         for name in found if isinstance(getattr(config, "r", None), int) else ():
-            weight: Any = layers[name].weight
-            if config.r > min(weight.shape[:2]):
+            layer: Any = layers[name]
+            # the weight of a quantised one has another shape
+            sides = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape[:2]
+            if config.r > min(sides):
                 raise UserError(
-                    f"lora.r: {config.r} is more than the {min(weight.shape[:2])} of {name}, whose changes it spans "
+                    f"lora.r: {config.r} is more than the {min(sides)} of {name}, whose changes it spans "
                     "all by then; give less"
                 )
 
@@ -192,7 +191,7 @@ def save(model: PeftModel, section: ModelSection, directory: Path) -> None:
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(directory)
-    write_json(directory / BASE, {**_named(section), "sha256": model.base_sha256})
+    write_json(directory / BASE, {**_named(section), "sha256": base_hash(base)})
     assert_same_adapter(model, directory)
 
 
@@ -215,7 +214,6 @@ def open_adapter(base: PreTrainedModel, section: ModelSection, directory: Path) 
             model = PeftModel.from_pretrained(base, str(directory))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{directory}: its adapter does not fit {section.path}: {error}") from error
-    model.base_sha256 = wanted
     assert_same_adapter(model, directory)
     return model
 
@@ -225,13 +223,13 @@ def _named(section: ModelSection) -> dict[str, Any]:
 
 
 def base_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of the names and values of a base's parameters, without what its checkpoint lacked."""
-    new, found = tuple(f"{name}." for name in new_modules(model)), hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not name.startswith(new):
-            found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    """SHA-256 of the tensors in the files that a model was opened from, whatever their order and division."""
+    found = []
+    for name, tensor in saved_tensors(model.weights_directory):  # type: ignore[arg-type]
+        one = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        one.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        found.append(one.hexdigest())
+    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
 
 
 def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from zoo.hub_errors import hub_failure
 from zoo.models.linformer import Linformer
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
+from zoo.quantized import assert_near, fence, quantisation
 from zoo.recipe_loading import shipped_recipes
 from zoo.sections import ATTENTION_FIELDS, ModelSection, TokenizerSection
 from zoo.sources import resolve
@@ -107,12 +108,14 @@ def load_model(
     problem_type: str | None = None,
     whole: bool = False,
     processor: Processor | None = None,
+    quantize: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The recipe's model in fp32, with a head for `labels`; its weights are compared with the files.
 
     problem_type: of transformers' sequence classification, which decides the loss and what a pipeline applies. whole:
     the checkpoint is a finished model, so that nothing may be new, its head least of all. processor: a model from
-    random weights takes its vocabulary and special tokens from it.
+    random weights takes its vocabulary and special tokens from it. quantize: a recipe's section, for its
+    layers.
 
     Raises UserError where the recipe or the checkpoint is wrong, RunError if weights did not arrive.
     """
@@ -128,7 +131,7 @@ def load_model(
     if section.block is not None:
         changes["block"] = section.block.model_dump(exclude_none=True)
     model = _fresh(section, auto_class, changes, processor) if section.path is None else None
-    model = model or _trained(section, section.path or "", auto_class, changes, whole)
+    model = model or _trained(section, section.path or "", auto_class, changes, whole, quantize)
     if section.implementation == "native":
         model.set_ragged(section.ragged)  # type: ignore[operator]
     if isinstance(processor, PreTrainedTokenizerBase):
@@ -164,7 +167,12 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _trained(
-    section: ModelSection, path: str, auto_class: str, changes: dict[str, Any], whole: bool
+    section: ModelSection,
+    path: str,
+    auto_class: str,
+    changes: dict[str, Any],
+    whole: bool,
+    quantize: Mapping[str, Any] | None,
 ) -> PreTrainedModel:
     source = resolve(path, kind="model", revision=section.revision)
     location, revision = source.location, source.revision or "main"
@@ -188,8 +196,18 @@ def _trained(
         arguments["attn_implementation"] = section.attn_implementation
     if section.implementation == "official":
         arguments["trust_remote_code"] = section.trust_remote_code
+    if quantize:
+        make = getattr(model_class, "from_config", None) or model_class._from_config
+        arguments["quantization_config"] = quantisation(quantize, lambda: make(config))
     model = _open(path, model_class, location, arguments, whole)
-    assert_same_weights(model, _directory(location, revision) if source.kind == "hub" else Path(location))
+    directory = _directory(location, revision) if source.kind == "hub" else Path(location)
+    if quantize:
+        fence(model)
+        assert_near(model, directory)
+    else:
+        assert_same_weights(model, directory)
+    # an adapter is told by them apart from those of other weights
+    model.weights_directory = directory  # type: ignore[assignment]
     return model
 
 

@@ -155,7 +155,7 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
     if recipe.lora:
         labels = _labels(directory)
         base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
-        model = load_model(base, task.auto_class, labels, task.problem_type)
+        model = load_model(base, task.auto_class, labels, task.problem_type, quantize=recipe.quantize)
         fit_images(model, processor, recipe.task.image_size)
         return Finished(recipe, task, adapters.open_adapter(model, base, directory), processor, labels)
     model = load_model(section, task.auto_class, whole=True)

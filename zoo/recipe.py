@@ -36,8 +36,9 @@ from zoo.task_types import TASK_TYPES
 class Recipe(Section):
     """A resolved recipe: base, file and command line merged and checked.
 
-    `train` is given verbatim to transformers.TrainingArguments, `generate` to its GenerationConfig, `lora` to a config
-    of peft, LoraConfig unless its `type` names another; `seeds`, a run each, take the place of train's seed.
+    `train` is given verbatim to transformers.TrainingArguments, `generate` to its GenerationConfig, `quantize` to its
+    BitsAndBytesConfig, `lora` to a config of peft, LoraConfig unless its `type` names another; `seeds`, a run each,
+    take the place of train's seed.
     `file` is the recipe's file, `origins` where each value came from ("command line", "file:line" or "default");
     neither counts in comparisons.
     """
@@ -48,6 +49,7 @@ class Recipe(Section):
     task: TaskSection
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
+    quantize: dict[str, Any] = Field(default_factory=dict)
     lora: dict[str, Any] = Field(default_factory=dict)
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)
     distill: DistillSection = Field(default_factory=DistillSection)
@@ -80,6 +82,8 @@ class Recipe(Section):
                 if role not in roles:
                     text = f"{self.task.type} does not read it; its roles are {', '.join(roles)}"
                     yield ("data", *keys, "columns", role), text
+        if self.quantize and not self.lora:
+            yield ("quantize",), "weights of 8 or 4 bits do not learn; add a section lora, whose adapters do"
         if self.lora:
             yield from self._adapter_contradictions()
         elif self.finetune.loraplus_lr_ratio is not None:

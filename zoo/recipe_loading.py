@@ -95,6 +95,7 @@ ADAPTERS = {
 LIBRARY_SECTIONS = {
     "train": LibrarySection("training_args", "TrainingArguments", _TRAIN_KEYS),
     "generate": LibrarySection("generation.configuration_utils", "GenerationConfig", _GENERATE_KEYS),
+    "quantize": LibrarySection("utils.quantization_config", "BitsAndBytesConfig", {}),
     "lora": ADAPTERS[DEFAULT_TYPE],
 }
 

@@ -95,7 +95,9 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     kept = output_dir / CHECKPOINTS / TOKENIZER
     processor = tokenizer.processor_for(recipe.model, task.processor, splits, kept)
     settings = task.prepare(processor)
-    model: Any = load_model(recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor)
+    model: Any = load_model(
+        recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor, quantize=recipe.quantize
+    )
     fit_images(model, processor, recipe.task.image_size)
     generation = None
     if TASK_TYPES[task.name].generates:

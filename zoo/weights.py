@@ -27,7 +27,7 @@ def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = F
     held = state if getattr(model.config, "block", None) else revert_weight_conversion(model, state)
     prefix = f"{model.base_model_prefix}."
     seen, different, unknown = set(), [], []
-    for name, tensor in _saved_tensors(directory):
+    for name, tensor in saved_tensors(directory):
         key = next((key for key in _names_in_a_model(name, prefix) if key in held), None)
         if key is None:
             unknown.append(name)
@@ -71,7 +71,7 @@ def _names_in_a_model(name: str, prefix: str) -> Iterator[str]:
         yield from (one, prefix + one, one.removeprefix(prefix))
 
 
-def _saved_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def saved_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a checkpoint, in whichever of transformers' forms it has them; one file at a time in memory."""
     for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickled)):
         index = directory / f"{stem}.index.json"
