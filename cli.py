@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from zoo.adapter_commands import app as adapters
 from zoo.bench.commands import app as bench
 from zoo.console import AsJson, Overrides, RecipeName, Trusted, attention_kwargs_of, ending, only_json
 from zoo.errors import UserError
@@ -18,6 +19,7 @@ from zoo.quiet import quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(bench, name="bench")
+app.add_typer(adapters, name="adapters")
 
 
 @app.callback()

@@ -7,13 +7,20 @@ import pytest
 import torch
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.conftest import read_r8
 from tests.test_runs import write_jsonl
 from tests.tiny_run import make_recipe
-from zoo import evaluation, prediction
-from zoo.errors import UserError
+from zoo import evaluation, merging, prediction
+from zoo.errors import RunError, UserError
 from zoo.model_directory import open_finished
 from zoo.quantized import quantised_layers
 from zoo.recipe import Recipe
@@ -111,6 +118,12 @@ def test_what_writes_with_an_adapter(base, task, lora, bases, tmp_path):
     as_before(tmp_path / "run")
     answers = [list(prediction.run(tmp_path / "run", ["profit rose"])) for _ in range(2)]
     assert answers[0] == answers[1] and answers[0][0]["predicted"] is not None
+    if lora["type"] == "prefix_tuning":
+        with pytest.raises(UserError, match="prefix_tuning changes no layer, so there is nothing to merge"):
+            merging.run(tmp_path / "run", tmp_path / "whole")
+    else:
+        assert merging.run(tmp_path / "run", tmp_path / "whole", texts=3)["difference"] < 1e-5
+        as_before(tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["max_new_tokens"] == 6
 
 
@@ -126,7 +139,29 @@ def test_an_adapter_on_8_bits_is_opened_on_8_bits(tiny_bert, r8, tmp_path):
     changes = {"lora": {"r": 4}, "quantize": {"load_in_8bit": True}}
     run(make_recipe(tiny_bert, r8, SHORT).model_copy(update=changes), tmp_path / "run")
     as_before(tmp_path / "run")
+    report = merging.run(tmp_path / "run", tmp_path / "whole", texts=4)
+    assert report["difference"] < report["difference_from_quantized"] < 0.1
     assert quantised_layers(open_finished(tmp_path / "run").model.get_base_model())
+
+
+def test_a_merged_adapter_is_a_whole_model(adapter, tmp_path):
+    report = merging.run(adapter, tmp_path / "whole", texts=5)
+    assert report["texts"] == 5 and report["difference"] < 1e-6
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert type(model).__name__ == "BertForSequenceClassification"
+    as_before(tmp_path / "whole")
+    assert "was merged: on 5 rows no output differs" in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_what_is_not_merged(adapter, tmp_path):
+    with pytest.raises(RunError, match=r"more than 0 \(--bound\); keep the adapter apart"):
+        merging.run(adapter, tmp_path / "whole", texts=2, bound=0.0)
+    assert not (tmp_path / "whole").exists()
+    merging.run(adapter, tmp_path / "whole", texts=2)
+    with pytest.raises(UserError, match="there is something already"):
+        merging.run(adapter, tmp_path / "whole")
+    with pytest.raises(UserError, match="has no adapter; it is a whole model already"):
+        merging.run(tmp_path / "whole", tmp_path / "again")
 
 
 def test_an_adapter_of_other_weights_is_refused(tiny_bert, adapter, r8, tmp_path):

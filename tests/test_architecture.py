@@ -41,6 +41,8 @@ LAYERS = [
         "baselines",
         "preview",
         "transplant",
+        "merging",
+        "adapter_commands",
         "pictures",
         "recipe_table",
     },
@@ -57,6 +59,7 @@ NEIGHBOURS = {
     "transplant": {"train"},
     "seeds": {"train"},
     "bench": {"train", "size_counts"},
+    "adapter_commands": {"merging"},
 }
 
 
