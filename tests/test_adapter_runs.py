@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,7 +19,7 @@ from transformers import (
 from tests.conftest import read_r8
 from tests.test_runs import write_jsonl
 from tests.tiny_run import make_recipe
-from zoo import evaluation, merging, prediction
+from zoo import adapter_names, evaluation, merging, prediction
 from zoo.errors import RunError, UserError
 from zoo.model_directory import open_finished
 from zoo.quantized import quantised_layers
@@ -151,6 +151,23 @@ def test_a_merged_adapter_is_a_whole_model(adapter, tmp_path):
     assert type(model).__name__ == "BertForSequenceClassification"
     as_before(tmp_path / "whole")
     assert "was merged: on 5 rows no output differs" in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_an_adapter_takes_the_names_of_the_official_class_and_back(adapter, tiny_bert, tmp_path):
+    """With peft and transformers alone it then computes what it computes here."""
+    assert adapter_names.run(adapter, "official", tmp_path / "official") == {"layers": 4}
+    as_before(tmp_path / "official")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    stock = PeftModel.from_pretrained(base, str(tmp_path / "official")).eval()
+    ids = torch.tensor([[2, 7, 9, 11, 3]])
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids).logits for model in (open_finished(adapter).model.eval(), stock))
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    adapter_names.run(tmp_path / "official", "native", tmp_path / "native")
+    before, after = (load_file(one / "adapter_model.safetensors") for one in (adapter, tmp_path / "native"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="has the names of the native class already"):
+        adapter_names.run(adapter, "native", tmp_path / "again")
 
 
 def test_what_is_not_merged(adapter, tmp_path):

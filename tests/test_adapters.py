@@ -1,13 +1,17 @@
 """The section `lora`: methods of peft on every family, in native and official classes; what is refused, and why."""
 
+import re
+
 import peft
 import pytest
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from tests.models.test_parity import assert_close
 from tests.models.tiny import make_inputs, make_pair
 from zoo import adapters
+from zoo.adapter_names import same_layers
 from zoo.errors import RunError, UserError
 from zoo.size_counts import on_meta
 
@@ -136,6 +140,19 @@ def test_a_prefix_has_no_place_in_layers_that_run_again(tmp_path):
     with pytest.raises(UserError, match="albert runs one layer many times, so there is no place for a prefix"):
         adapters.adapt(model, METHODS["prefix_tuning"], "text-classification")
     adapters.adapt(model, METHODS["prompt_tuning"], "text-classification")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_found_in_the_other_class(family, tmp_path):
+    """All that LoRA adapts, but GPT-2's queries and values, which the official class has in one matrix."""
+    official, native = make_pair(family, FAMILIES[family][0], tmp_path)
+    for one, other in ((native, official), (official, native)):
+        layers = {name for name, module in one.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+        found = {name: same for name, same in same_layers(one, other).items() if name in layers}
+        joined = {
+            name for name in layers - found.keys() if family == "gpt2" and re.search(r"[qkv]_proj$|c_attn$", name)
+        }
+        assert layers - found.keys() == joined and len(set(found.values())) == len(found)
 
 
 def test_no_gradient_anywhere_is_an_error(tmp_path):

@@ -42,6 +42,7 @@ LAYERS = [
         "preview",
         "transplant",
         "merging",
+        "adapter_names",
         "adapter_commands",
         "pictures",
         "recipe_table",
@@ -59,7 +60,7 @@ NEIGHBOURS = {
     "transplant": {"train"},
     "seeds": {"train"},
     "bench": {"train", "size_counts"},
-    "adapter_commands": {"merging"},
+    "adapter_commands": {"merging", "adapter_names"},
 }
 
 
