@@ -150,15 +150,16 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
         "trust_remote_code": trust_remote_code,
     }
     section = recipe.model.model_copy(update=own)
-    processor = load_processor(section, task.processor)
     model: Any
     if recipe.lora:
+        processor = load_processor(section, task.processor)
         labels = _labels(directory)
         base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
         model = load_model(base, task.auto_class, labels, task.problem_type, quantize=recipe.quantize)
         fit_images(model, processor, recipe.task.image_size)
         return Finished(recipe, task, adapters.open_adapter(model, base, directory), processor, labels)
     model = load_model(section, task.auto_class, whole=True)
+    processor = load_processor(section, task.processor)
     fit_images(model, processor, recipe.task.image_size)
     labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
     return Finished(recipe, task, model, processor, labels)
