@@ -141,6 +141,9 @@ def test_an_adapter_on_8_bits_is_opened_on_8_bits(tiny_bert, r8, tmp_path):
     as_before(tmp_path / "run")
     report = merging.run(tmp_path / "run", tmp_path / "whole", texts=4)
     assert report["difference"] < report["difference_from_quantized"] < 0.1
+    adapter_names.run(tmp_path / "run", "official", tmp_path / "official")
+    as_before(tmp_path / "official")
+    assert quantised_layers(open_finished(tmp_path / "official").model.get_base_model())
     assert quantised_layers(open_finished(tmp_path / "run").model.get_base_model())
 
 

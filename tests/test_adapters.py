@@ -14,6 +14,7 @@ from zoo import adapters
 from zoo.adapter_names import same_layers
 from zoo.errors import RunError, UserError
 from zoo.size_counts import on_meta
+from zoo.trainer import check_gradients
 
 FAMILIES = {
     "bert": ("BertForSequenceClassification", "text-classification"),
@@ -74,7 +75,7 @@ def test_methods(family, implementation, tmp_path):
         if method not in PROMPTS:
             assert_close(after.loss, before.loss, f"{method} at its beginning")
         after.loss.backward()
-        adapters.check_gradients(adapted.named_parameters())
+        check_gradients(adapted.named_parameters())
         for name, parameter in adapted.get_base_model().named_parameters():
             frozen = not any(part in name for part in ("lora_", "ia3_", "modules_to_save"))
             assert not (frozen and parameter.requires_grad), name
@@ -155,9 +156,23 @@ def test_layers_are_found_in_the_other_class(family, tmp_path):
         assert layers - found.keys() == joined and len(set(found.values())) == len(found)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("family", "head"), [("roberta", "Roberta"), ("albert", "Albert")])
+def test_what_stands_in_front_of_a_text_to_be_classified(family, head, implementation, tmp_path):
+    """Of the two families that learn tags and answers above."""
+    head = f"{head}ForSequenceClassification"
+    inputs = make_inputs(family, head, "right", labels=True)
+    for method in PROMPTS if family == "roberta" else PROMPTS[1:]:
+        pair = make_pair(family, head, tmp_path / method)
+        model = pair[("official", "native").index(implementation)]
+        adapted = adapters.adapt(model, METHODS[method], "text-classification")
+        adapted(**inputs).loss.backward()
+        check_gradients(adapted.named_parameters())
+
+
 def test_no_gradient_anywhere_is_an_error(tmp_path):
     model = model_of("bert", "native", tmp_path)
     adapted = adapters.adapt(model, {"r": 2}, "text-classification")
     with pytest.raises(RunError, match=r"nothing learns: no gradient reaches any of 14 trained parameters"):
-        adapters.check_gradients(adapted.named_parameters())
+        check_gradients(adapted.named_parameters())
     assert isinstance(adapted, peft.PeftModel) and torch.is_grad_enabled()

@@ -38,7 +38,7 @@ def test_errors_are_those_of_each_head(finished):
     recipe = transplant.healing_recipe(finished, "local", {"local": {"window": 2}}, None, [])
     swapped = transplant.load_model(recipe.model, opened.task.auto_class, opened.labels, opened.task.problem_type)
     found = list(transplant.errors(opened, swapped, 6))
-    (_, rows), model = transplant._rows(opened), opened.model
+    (_, rows), model = transplant.tested_rows(opened), opened.model
     heads = model.config.num_attention_heads
     for number, distance in enumerate(found):
         sums, highest = torch.zeros(2, heads), torch.zeros(heads)
@@ -145,7 +145,7 @@ def test_without_a_test_split_it_is_measured_on_the_other(finished):
     opened = open_finished(finished)
     data = opened.recipe.data.model_copy(update={"files": {"train": "train.csv"}})
     without = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
-    assert [transplant._rows(one)[0] for one in (opened, without)] == ["test", "eval"]
+    assert [transplant.tested_rows(one)[0] for one in (opened, without)] == ["test", "eval"]
 
 
 def test_models_that_are_not_swapped(finished, tmp_path):

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.utils import CONFIG_NAME as CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
-from zoo.adapters import BASE, CONFIG
+from zoo.adapters import BASE
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
 from zoo.loading import load_model
-from zoo.model_directory import METRICS, RECIPE, open_finished
+from zoo.model_directory import METRICS, RECIPE, check_free, open_finished
+from zoo.recipe_loading import load_recipe
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
@@ -32,8 +34,7 @@ def run(directory: Path, to: Literal["native", "official"], output_dir: Path) ->
 
     Raises UserError for a directory without an adapter of layers, and for a layer that the other class has not.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output-dir {output_dir}: there is something already; choose another")
+    check_free(output_dir)
     finished = open_finished(directory, ["quantize={}"])
     recipe, task = finished.recipe, finished.task
     kind = recipe.lora.get("type", DEFAULT_TYPE) if recipe.lora else None
@@ -41,9 +42,8 @@ def run(directory: Path, to: Literal["native", "official"], output_dir: Path) ->
         raise UserError(f"{directory}: has no adapter of layers, so that there are no names to change")
     if recipe.model.implementation == to:
         raise UserError(f"{directory}: its adapter has the names of the {to} class already")
-    other = load_model(
-        recipe.model.model_copy(update={"implementation": to}), task.auto_class, finished.labels, task.problem_type
-    )
+    section = recipe.model.model_copy(update={"implementation": to, "trust_remote_code": False})
+    other = load_model(section, task.auto_class, finished.labels, task.problem_type)
     names = same_layers(finished.model.get_base_model(), other)
     with safe_open(directory / WEIGHTS, framework="pt") as saved:
         tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118 (not a dict)
@@ -81,8 +81,10 @@ def run(directory: Path, to: Literal["native", "official"], output_dir: Path) ->
     write_json(output_dir / CONFIG, config)
     base = json.loads((directory / BASE).read_text(encoding="utf-8"))
     write_json(output_dir / BASE, base | {"implementation": to})
-    model = recipe.model.model_copy(update={"implementation": to, "ragged": "auto"})
-    write_text(output_dir / RECIPE, recipe.model_copy(update={"model": model}).to_yaml())
+    # as it was written: here the base was opened at full width
+    own = load_recipe(str(directory / RECIPE))
+    model = own.model.model_copy(update={"implementation": to, "ragged": "auto"})
+    write_text(output_dir / RECIPE, own.model_copy(update={"model": model}).to_yaml())
     shutil.copyfile(directory / METRICS, output_dir / METRICS)
     return {"layers": len(layers)}
 

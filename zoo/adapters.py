@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
-from zoo.errors import RunError, UserError, did_you_mean
+from zoo.errors import UserError, did_you_mean
 from zoo.files import write_json
 from zoo.models.pretrained import ZooPreTrainedModel, is_standard
 from zoo.sections import ModelSection
 from zoo.weights import assert_same_adapter, saved_tensors
 
-CONFIG, BASE = "adapter_config.json", "base.json"
+BASE = "base.json"
 # what peft calls a task; of others it knows no head, and its form for questions (QUESTION_ANS) loses the segments that
 # tell question and context apart
 TASK_KINDS = {
@@ -230,11 +230,3 @@ def base_hash(model: PreTrainedModel) -> str:
         one.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         found.append(one.hexdigest())
     return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
-
-
-def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raises RunError where nothing of what is to learn has a gradient."""
-    learned = [(name, one) for name, one in parameters if one.requires_grad]
-    if not any(one.grad is not None and bool(one.grad.any()) for _, one in learned):
-        names = ", ".join(name for name, _ in learned[:3]) or "none"
-        raise RunError(f"nothing learns: no gradient reaches any of {len(learned)} trained parameters ({names} ...)")

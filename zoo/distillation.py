@@ -20,9 +20,7 @@ from zoo.tasks.base import IGNORED
 # what a teacher is not asked: it has no loss
 _NOT_ASKED = ("labels", "next_sentence_label", "sentence_order_label", "start_positions", "end_positions")
 # heads whose native classes keep no logits while they train
-WITHOUT_LOGITS = (
-    *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForPreTraining", "AutoModelForMaskedImageModeling"),
-)
+WITHOUT_LOGITS = tuple(f"AutoModelFor{head}" for head in ("MaskedLM", "CausalLM", "PreTraining", "MaskedImageModeling"))
 _ANSWERS = ("logits", "start_logits", "end_logits", "prediction_logits")
 
 

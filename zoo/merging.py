@@ -15,11 +15,19 @@ from tqdm.auto import tqdm
 
 from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
 from zoo.card import card
-from zoo.data import load_splits
-from zoo.encoding import encoded
 from zoo.errors import RunError, UserError
 from zoo.files import write_text
-from zoo.model_directory import RECIPE, Finished, has_variant, open_finished, read_metrics, save
+from zoo.model_directory import (
+    RECIPE,
+    Finished,
+    check_free,
+    collate_of,
+    has_variant,
+    open_finished,
+    read_metrics,
+    save,
+    tested_rows,
+)
 from zoo.sections import FinetuneSection
 
 # the largest difference of an output, over the largest output
@@ -33,8 +41,7 @@ def run(directory: Path, output_dir: Path, texts: int = 64, bound: float = BOUND
     Raises UserError for a directory that holds no adapter that can be merged, RunError where it would change outputs by
     more than `bound` of the largest.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output-dir {output_dir}: there is something already; choose another")
+    check_free(output_dir)
     finished = open_finished(directory)
     recipe, task = finished.recipe, finished.task
     if not recipe.lora:
@@ -76,13 +83,7 @@ def run(directory: Path, output_dir: Path, texts: int = 64, bound: float = BOUND
 
 def _batches(finished: Finished, texts: int) -> Iterator[dict[str, Any]]:
     """One row each, as the model reads it."""
-    recipe, task = finished.recipe, finished.task
-    seed = recipe.train.get("seed", 42)
-    splits = load_splits(recipe.data, task.roles, seed, finished.labels, task.labels)
-    split = splits.test if splits.test is not None else splits.validation
-    rows = encoded(split, recipe, task, finished.processor, seed)[0]
-    fields = {field: getattr(finished.model.config, field) for field in task.config_fields}
-    collate = task.collate(finished.processor, recipe.task, **fields)
+    (_, rows), collate, task = tested_rows(finished), collate_of(finished), finished.task
     for number in range(min(texts, len(rows))):
         batch = {name: x for name, x in collate([rows[number]]).items() if name != "row"}
         # of several texts a row, which learn from each other

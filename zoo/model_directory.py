@@ -16,12 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo import adapters
 from zoo.checkpoints import writing
+from zoo.data import load_splits
+from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
 from zoo.loading import Processor, fit_images, load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.tasks import Task, task_of
+from zoo.tasks.base import Collate
 from zoo.weights import assert_same_weights
 
 METRICS = "metrics.json"
@@ -163,3 +166,25 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
     fit_images(model, processor, recipe.task.image_size)
     labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
     return Finished(recipe, task, model, processor, labels)
+
+
+def tested_rows(finished: Finished) -> tuple[str, Any]:
+    """What a run was tested on, or else chosen by, as its model reads it; before it, what its metrics begin with."""
+    recipe, task = finished.recipe, finished.task
+    seed = recipe.train.get("seed", 42)
+    splits = load_splits(recipe.data, task.roles, seed, finished.labels, task.labels)
+    prefix, split = ("test", splits.test) if splits.test is not None else ("eval", splits.validation)
+    return prefix, encoded(split, recipe, task, finished.processor, seed)[0]
+
+
+def collate_of(finished: Finished) -> Collate:
+    """Rows -> a batch, as in its training."""
+    task, config = finished.task, finished.model.config
+    fields = {field: getattr(config, field) for field in task.config_fields}
+    return task.collate(finished.processor, finished.recipe.task, **fields)
+
+
+def check_free(directory: Path) -> None:
+    """Raises UserError where something would be written over."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"--output-dir {directory}: there is something already; choose another")

@@ -4,20 +4,20 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from zoo.adapters import check_gradients
 from zoo.checkpoints import PROGRESS, is_complete, mark_complete, writing
 from zoo.distillation import Distillation
 from zoo.errors import RunError, UserError
@@ -303,6 +303,14 @@ class HeadlessTrainer(ZooTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, found = self.learn(model, inputs)
         return (loss, {"found": found}) if return_outputs else loss
+
+
+def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raises RunError where nothing of what is to learn has a gradient."""
+    learned = [(name, one) for name, one in parameters if one.requires_grad]
+    if not any(one.grad is not None and bool(one.grad.any()) for _, one in learned):
+        names = ", ".join(name for name, _ in learned[:3]) or "none"
+        raise RunError(f"nothing learns: no gradient reaches any of {len(learned)} trained parameters ({names} ...)")
 
 
 class _Redraw(TrainerCallback):

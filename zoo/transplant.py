@@ -20,13 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from zoo import train
-from zoo.data import load_splits
 from zoo.distillation import WITHOUT_LOGITS
-from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.files import write_json
 from zoo.loading import load_model
-from zoo.model_directory import RECIPE, Finished, open_finished, read_metrics
+from zoo.model_directory import RECIPE, Finished, collate_of, open_finished, read_metrics, tested_rows
 from zoo.models.attention_variants import ATTENTIONS, FULL, pattern_of, variant_of_layer
 from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe import Recipe
@@ -150,9 +148,9 @@ def healing_recipe(
 
 def errors(finished: Finished, swapped: nn.Module, texts: int) -> Iterator[Distance]:
     """Of each attention layer in turn, over the first `texts` rows that the model was tested on, one at a time."""
-    _, rows = _rows(finished)
+    _, rows = tested_rows(finished)
     count = min(texts, len(rows))
-    collate = finished.task.collate(finished.processor, finished.recipe.task, **_fields(finished))
+    collate = collate_of(finished)
     names = [name for name, module in finished.model.named_modules() if hasattr(module, "self_attn")]
     sums: dict[tuple[str, int], torch.Tensor] = {}
     for model in (finished.model, swapped):
@@ -279,26 +277,13 @@ def _giver(queue: deque):
     return lambda module, args: (queue.popleft(), *args[1:])
 
 
-def _rows(finished: Finished) -> tuple[str, Any]:
-    """What the model was tested on, or else chosen by, as it reads it; before it, what its metrics begin with."""
-    recipe, task = finished.recipe, finished.task
-    seed = recipe.train.get("seed", 42)
-    splits = load_splits(recipe.data, task.roles, seed, finished.labels, task.labels)
-    prefix, split = ("test", splits.test) if splits.test is not None else ("eval", splits.validation)
-    return prefix, encoded(split, recipe, task, finished.processor, seed)[0]
-
-
-def _fields(finished: Finished) -> dict[str, Any]:
-    return {field: getattr(finished.model.config, field) for field in finished.task.config_fields}
-
-
 def _measured(recipe: Recipe, finished: Finished, swapped) -> dict[str, Any]:
     """Metrics of the model as it is after the swap."""
     with tempfile.TemporaryDirectory() as scratch:
         plain = recipe.model_copy(update={"train": {"per_device_eval_batch_size": 16, "disable_tqdm": False}})
         arguments = train.training_arguments(plain, Path(scratch))
         trainer = train.build_trainer(recipe, finished.task, swapped, finished.processor, arguments, finished.labels)
-        prefix, rows = _rows(finished)
+        prefix, rows = tested_rows(finished)
         return trainer.evaluate(rows, metric_key_prefix=prefix)
 
 
