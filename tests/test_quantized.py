@@ -21,7 +21,8 @@ WAYS = {"nf4": NF4, "int8": {"load_in_8bit": True}}
 # layers that are multiples of 64 wide, without dropout
 BERT = SIZES["bert"] | {"intermediate_size": 128}
 WIDE = {
-    "bert": BERT, "roberta": BERT, "albert": BERT | {"embedding_size": 32, "classifier_dropout_prob": 0.0}, "vit": BERT | {"pooler_output_size": 64},
+    "bert": BERT, "roberta": BERT, "vit": BERT | {"pooler_output_size": 64},
+    "albert": BERT | {"embedding_size": 32, "classifier_dropout_prob": 0.0},
     "distilbert": {"dim": 64, "hidden_dim": 128, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
     "gpt2": SIZES["gpt2"] | {"n_inner": 128}, "t5": SIZES["t5"] | {"d_ff": 128},
 }  # fmt: skip
