@@ -256,6 +256,9 @@ def predict(
         Path | None, typer.Option(help="Rows with a column text (or as the task has): jsonl, csv, parquet, txt.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file; images made, beside it.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="Another run with an adapter of the same base, which answers too.")
+    ] = None,
     trust_remote_code: Trusted = False,
     as_json: AsJson = False,
 ) -> None:
@@ -266,13 +269,15 @@ def predict(
       zoo predict runs/bert-finetune-topics "wheat shipments to the soviet union rose"
 
       zoo predict runs/bert-finetune-topics --file new.jsonl --output answers.jsonl
+
+      zoo predict runs/topics-lora --adapter runs/topics-ia3 "wheat shipments to the soviet union rose"
     """
     with ending(), only_json(as_json) as answer:
         quiet_libraries()
         from zoo import prediction
 
         pictures = None if output is None else output.with_name(f"{output.stem}-pictures")
-        answers = prediction.run(directory, texts or [], file, trust_remote_code, pictures)
+        answers = prediction.run(directory, texts or [], file, trust_remote_code, pictures, adapter or [])
         if output is not None:
             count = prediction.write(answers, output)
             print(

@@ -43,6 +43,7 @@ LAYERS = [
         "transplant",
         "merging",
         "adapter_names",
+        "adapter_list",
         "adapter_commands",
         "pictures",
         "recipe_table",
@@ -60,7 +61,8 @@ NEIGHBOURS = {
     "transplant": {"train"},
     "seeds": {"train"},
     "bench": {"train", "size_counts"},
-    "adapter_commands": {"merging", "adapter_names"},
+    "merging": {"train"},
+    "adapter_commands": {"merging", "adapter_names", "adapter_list"},
 }
 
 

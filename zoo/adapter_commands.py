@@ -10,13 +10,75 @@ from zoo.files import json_line
 from zoo.quiet import quiet_libraries
 
 app = typer.Typer(
-    no_args_is_help=True, help="What a recipe's section lora has left: merge an adapter into its base, or rename it."
+    no_args_is_help=True, help="What a recipe's section lora has left: list, combine, rename adapters, or merge them."
 )
 
 
 @app.callback()
 def main() -> None:
     """Adapters of finished runs."""
+
+
+@app.command("list")
+def list_adapters(
+    directory: Annotated[Path, typer.Argument(help="A finished run, or a directory of runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Which adapters there are, of which base, and what they reach.
+
+    Examples:
+
+      zoo adapters list
+
+      zoo adapters list runs/topics-lora --json
+    """
+    with ending(), only_json(as_json) as answer:
+        from zoo import adapter_list
+
+        found = adapter_list.run(directory)
+        if as_json:
+            print(json_line(found), file=answer)
+            return
+        for one in found:
+            rank, targets = f" {one['r']}" if one["r"] else "", ", ".join(one["targets"]) or "the input"
+            what = f"{one['type']}{rank} on {targets}"
+            name, value = next(iter(one["metrics"].items()), ("untested", None))
+            measured = name if value is None else f"{name} {value:.4f}"
+            base = f"{one['model']} {one['base']}, {one['implementation']}"
+            print(f"{one['directory']}  {what}  {one['bytes'] / 2**20:.1f} MiB  {measured}  of {base}", file=answer)
+        if not found:
+            print(f"{directory}: no adapters; a recipe with a section lora makes one", file=answer)
+
+
+@app.command()
+def combine(
+    directories: Annotated[list[Path], typer.Argument(help="Directories with LoRA adapters of one base.")],
+    weight: Annotated[list[float], typer.Option(help="Of each, in their order.")],
+    output_dir: Annotated[Path, typer.Option(help="For the adapter that they make.")],
+    combination_type: Annotated[str, typer.Option(help="peft's: cat, svd, linear, ties, dare_ties, ...")] = "cat",
+    density: Annotated[float | None, typer.Option(min=0, max=1, help="What ties, dare and pruning leave.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one adapter of several, their weighted sum, and measure it on the test rows of the first.
+
+    cat is that sum and stacks their ranks, svd rounds it to the largest rank; the others are peft's.
+
+    Examples:
+
+      zoo adapters combine runs/a runs/b --weight 0.5 --weight 0.5 --output-dir runs/both
+
+      zoo adapters combine runs/a runs/b --weight 1 --weight 1 --combination-type ties --density 0.3 --output-dir runs/c
+    """
+    with ending(), only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo import merging
+
+        report = merging.combine(directories, weight, output_dir, combination_type, density)
+        if as_json:
+            print(json_line({"directory": str(output_dir), **report}), file=answer)
+        else:
+            name, value = next((n, x) for n, x in report.items() if n != "r")
+            print(f"an adapter of rank {report['r']}, {name} {value:.4f}, is in {output_dir}", file=answer)
 
 
 @app.command()

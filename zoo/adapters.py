@@ -195,27 +195,44 @@ def save(model: PeftModel, section: ModelSection, directory: Path) -> None:
     assert_same_adapter(model, directory)
 
 
-def open_adapter(base: PreTrainedModel, section: ModelSection, directory: Path) -> PeftModel:
-    """The adapter in a finished directory, on its base. Raises UserError where it is of another one."""
+def open_adapter(base: PreTrainedModel | PeftModel, section: ModelSection, directory: Path, name: str) -> PeftModel:
+    """The adapter in a finished directory, on its base and active, beside those that the base has already.
+
+    Raises UserError where it is of another base.
+    """
+    plain: Any = base.get_base_model() if isinstance(base, PeftModel) else base
     try:
         record = json.loads((directory / BASE).read_text(encoding="utf-8"))
         wanted = record["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / BASE}: cannot be read: {error}; the adapter's directory is damaged") from error
-    if base_hash(base) != wanted:
+    if base_hash(plain) != wanted:
         raise UserError(
             f"{directory}: its adapter is of other weights than {section.path} has now (hashes differ); put the base "
             "back that it was trained on, or train anew"
         )
-    if (directory / GENERATION_CONFIG_NAME).exists():
-        base.generation_config = GenerationConfig.from_pretrained(directory)
     try:
         with _quiet():
-            model = PeftModel.from_pretrained(base, str(directory))
+            if isinstance(base, PeftModel):
+                model = base
+                model.load_adapter(str(directory), name)
+                model.set_adapter(name)
+            else:
+                model = PeftModel.from_pretrained(base, str(directory), name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{directory}: its adapter does not fit {section.path}: {error}") from error
     assert_same_adapter(model, directory)
     return model
+
+
+def activate(model: PeftModel, name: str, directory: Path, labels: list[str]) -> None:
+    """Switches to an adapter that is open, with the labels and the way of generating of its directory."""
+    model.set_adapter(name)
+    model.eval()
+    base: Any = model.get_base_model()
+    base.config.id2label, base.config.label2id = dict(enumerate(labels)), {label: n for n, label in enumerate(labels)}
+    if (directory / GENERATION_CONFIG_NAME).exists():
+        base.generation_config = GenerationConfig.from_pretrained(directory)
 
 
 def _named(section: ModelSection) -> dict[str, Any]:

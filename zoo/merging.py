@@ -1,33 +1,39 @@
-"""`zoo adapters merge`: an adapter made part of its base, where both then compute the same.
+"""`zoo adapters merge`: an adapter made part of its base; `zoo adapters combine`: several made one.
 
-The base is opened at full width, also where the adapter was trained on 8 or 4 bits: what is added to rounded weights is
-rounded too.
+To merge, the base is opened at full width, also where the adapter was trained on 8 or 4 bits: what is added to rounded
+weights is rounded too.
 """
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
+from zoo import train
 from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
 from zoo.card import card
 from zoo.errors import RunError, UserError
 from zoo.files import write_text
 from zoo.model_directory import (
+    ADAPTER,
     RECIPE,
     Finished,
     check_free,
     collate_of,
     has_variant,
+    open_beside,
     open_finished,
     read_metrics,
     save,
     tested_rows,
 )
+from zoo.recipe import Recipe
 from zoo.sections import FinetuneSection
 
 # the largest difference of an output, over the largest output
@@ -43,7 +49,7 @@ def run(directory: Path, output_dir: Path, texts: int = 64, bound: float = BOUND
     """
     check_free(output_dir)
     finished = open_finished(directory)
-    recipe, task = finished.recipe, finished.task
+    recipe = finished.recipe
     if not recipe.lora:
         raise UserError(f"{directory}: has no adapter; it is a whole model already")
     kind = recipe.lora.get("type", DEFAULT_TYPE)
@@ -64,21 +70,117 @@ def run(directory: Path, output_dir: Path, texts: int = 64, bound: float = BOUND
             f"{directory}: merged, its outputs differ by {report['difference']:.2g} of the largest, more than "
             f"{bound:g} (--bound); keep the adapter apart"
         )
-    plain = recipe.model_copy(update={"lora": {}, "quantize": {}, "finetune": FinetuneSection()})
-    metrics = read_metrics(directory)
-    made = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
-    usage = task.usage(recipe.task, merged) if callable(task.usage) else task.usage
-    text = card(plain, task, metrics, None, made, [], usage, has_variant(merged))
     said = (
-        f"The adapter of {kind} in {directory.name} was merged: on {len(batches)} rows no output differs by more than"
+        f"The adapter of {kind} in {directory.name} was merged: on {len(batches)} rows no output differs by more than "
+        f"{report['difference']:.1e} of the largest. The results above are the adapter's."
     )
-    said += f" {report['difference']:.1e} of the largest. The results above are the adapter's."
-    extras: dict[str, str | bytes] = {"README.md": f"{text}\n## Merged\n\n{said}\n"}
-    extras["environment.json"] = (directory / "environment.json").read_bytes()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / RECIPE, plain.to_yaml())
-    save(plain, merged, finished.processor, metrics, output_dir, extras)
+    plain = recipe.model_copy(update={"lora": {}, "quantize": {}, "finetune": FinetuneSection()})
+    _write(finished, plain, merged, read_metrics(directory), f"## Merged\n\n{said}\n", output_dir)
     return report
+
+
+def combine(
+    directories: Sequence[Path],
+    weights: Sequence[float],
+    output_dir: Path,
+    combination_type: str = "cat",
+    density: float | None = None,
+) -> dict[str, Any]:
+    """Several LoRA adapters of one base made one, by peft's `add_weighted_adapter`, and measured on the rows that the
+    first was tested on: its metrics, and `r`. output_dir is then a finished run with that adapter.
+
+    combination_type: `cat` and `svd` are the weighted sum itself, `svd` to the largest rank among them. density: the
+    share of values that the methods which prune leave. Raises UserError for adapters that have no sum.
+    """
+    check_free(output_dir)
+    if len(directories) < 2 or len(weights) != len(directories):
+        raise UserError(
+            f"adapters combine: give two directories or more, and a --weight for each; not {len(directories)} and "
+            f"{len(weights)}"
+        )
+    first = open_finished(directories[0])
+    if not first.recipe.lora:
+        raise UserError(f"{directories[0]}: has no adapter; it is a whole model")
+    opened = [first, *(open_beside(first, other, f"adapter_{n}") for n, other in enumerate(directories[1:], 1))]
+    for one in opened:
+        _check_sum(one)
+    model, kept = first.model, ADAPTER
+    # of the config of the first, which the sum inherits: its own scales are those that it was opened with
+    model.peft_config[kept].use_rslora, model.peft_config[kept].init_lora_weights = False, True
+    try:
+        model.add_weighted_adapter(
+            [one.adapter for one in opened], list(weights), "sum", combination_type, density=density
+        )
+        if combination_type == "cat":
+            _check_summed(model, dict(zip([one.adapter for one in opened], weights, strict=True)), "sum")
+        for one in opened:
+            model.delete_adapter(one.adapter)
+        # by the name of what lies in the directory itself
+        model.add_weighted_adapter(["sum"], [1.0], kept, "cat")
+        model.delete_adapter("sum")
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise UserError(f"adapters combine: refused by peft: {' '.join(str(error).split())[:300]}") from error
+    first.activate()
+    config = model.peft_config[kept]
+    lora = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    recipe = first.recipe.model_copy(update={"lora": lora, "finetune": FinetuneSection()})
+    metrics = _measured(first)
+    parts = ", ".join(f"{weight:g} x {one.name}" for one, weight in zip(directories, weights, strict=True))
+    said = f"`{combination_type}` of {parts}; the results above are its own."
+    _write(first, recipe, model, metrics, f"## Combined\n\n{said}\n", output_dir)
+    return {"r": config.r, **metrics}
+
+
+def _check_sum(one: Finished) -> None:
+    """Raises UserError for an adapter that is no plain product of two matrices."""
+    config = one.model.peft_config[one.adapter]
+    what = None
+    if config.peft_type != PeftType.LORA:
+        what = f"{str(config.peft_type.value).lower()} is no product of two matrices"
+    elif config.use_dora:
+        what = "DoRA has a length of each column besides, and lengths do not add"
+    elif str(config.init_lora_weights).startswith("pissa"):
+        what = "PiSSA has changed the base's weights, each for itself"
+    if what is not None:
+        raise UserError(f"{one.directory}: {what}; only LoRA adapters are combined")
+
+
+def _check_summed(model: PeftModel, weights: dict[str, float], summed: str) -> None:
+    """Raises RunError unless the change of each layer is the weighted sum of the changes."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or summed not in layer.lora_A:
+            continue
+        parts = [weight * layer.get_delta_weight(one) for one, weight in weights.items() if one in layer.lora_A]
+        off = float((layer.get_delta_weight(summed) - sum(parts)).norm() / sum(parts).norm().clamp(min=1e-12))
+        if not off < 1e-4:
+            raise RunError(f"adapters combine: {name} is off by {off:.2g} of the sum; please report this")
+
+
+def _measured(finished: Finished) -> dict[str, Any]:
+    """Metrics on the rows that a run was tested on."""
+    recipe = finished.recipe
+    with tempfile.TemporaryDirectory() as scratch:
+        quiet = {"per_device_eval_batch_size": recipe.train.get("per_device_eval_batch_size", 8)}
+        arguments = train.training_arguments(recipe.model_copy(update={"train": quiet}), Path(scratch))
+        model, processor, labels = finished.model, finished.processor, finished.labels
+        trainer = train.build_trainer(recipe, finished.task, model, processor, arguments, labels)
+        prefix, rows = tested_rows(finished)
+        metrics = trainer.evaluate(rows, metric_key_prefix=prefix)
+    timed = ("_runtime", "per_second", "epoch", "_preparation_time")
+    return {name: value for name, value in metrics.items() if not name.endswith(timed)}
+
+
+def _write(
+    finished: Finished, recipe: Recipe, model: Any, metrics: dict[str, Any], section: str, output_dir: Path
+) -> None:
+    """A finished run like the one that it was made of. section: what its card says besides."""
+    task, environment = finished.task, (finished.directory / "environment.json").read_bytes()
+    usage = task.usage(recipe.task, model) if callable(task.usage) else task.usage
+    text = card(recipe, task, metrics, None, json.loads(environment), [], usage, has_variant(model))
+    extras: dict[str, str | bytes] = {"README.md": f"{text}\n{section}", "environment.json": environment}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / RECIPE, recipe.to_yaml())
+    save(recipe, model, finished.processor, metrics, output_dir, extras)
 
 
 def _batches(finished: Finished, texts: int) -> Iterator[dict[str, Any]]:
@@ -96,8 +198,9 @@ def _outputs(model: Any, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
     found = []
     with torch.no_grad():
         for batch in tqdm(batches, desc="Merged" if not isinstance(model, PeftModel) else "Adapter", unit="row"):
-            told = model(**batch)
-            found.append(torch.cat([x.float().flatten() for x in told.values() if isinstance(x, torch.Tensor)]))
+            # a quantised model is where there is an accelerator
+            told = model(**{name: x.to(model.device) for name, x in batch.items()})
+            found.append(torch.cat([x.float().flatten().cpu() for x in told.values() if isinstance(x, torch.Tensor)]))
     return found
 
 

@@ -30,13 +30,15 @@ from zoo.weights import assert_same_weights
 METRICS = "metrics.json"
 NEW = ".model-"
 RECIPE = "recipe.yaml"
+# what peft calls the one that it keeps in the directory itself
+ADAPTER = "default"
 
 
 @dataclass(frozen=True)
 class Finished:
     """A finished run, opened: its recipe, task, model (in fp32), tokenizer or image processor, and labels' names.
 
-    Of a run with adapters the model is a PeftModel.
+    Of a run with adapters the model is a PeftModel, which several may share.
     """
 
     recipe: Recipe
@@ -44,6 +46,12 @@ class Finished:
     model: Any
     processor: Processor
     labels: list[str]
+    directory: Path
+    adapter: str = ADAPTER
+
+    def activate(self) -> None:
+        """Makes its adapter the one that the model computes with."""
+        adapters.activate(self.model, self.adapter, self.directory, self.labels)
 
 
 def save(
@@ -160,12 +168,35 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
         base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
         model = load_model(base, task.auto_class, labels, task.problem_type, quantize=recipe.quantize)
         fit_images(model, processor, recipe.task.image_size)
-        return Finished(recipe, task, adapters.open_adapter(model, base, directory), processor, labels)
+        adapted = adapters.open_adapter(model, base, directory, ADAPTER)
+        finished = Finished(recipe, task, adapted, processor, labels, directory)
+        finished.activate()
+        return finished
     model = load_model(section, task.auto_class, whole=True)
     processor = load_processor(section, task.processor)
     fit_images(model, processor, recipe.task.image_size)
     labels = [name for _, name in sorted(dict(model.config.id2label or {}).items())]
-    return Finished(recipe, task, model, processor, labels)
+    return Finished(recipe, task, model, processor, labels, directory)
+
+
+def open_beside(first: Finished, directory: Path, name: str) -> Finished:
+    """Another adapter of the same base in the same model, which then computes with it. Raises UserError."""
+    check_finished(directory)
+    recipe = load_recipe(str(directory / RECIPE))
+    for one, found in ((first.directory, first.recipe), (directory, recipe)):
+        if not found.lora:
+            raise UserError(f"{one}: has no adapter; it is a whole model")
+    of_recipes = [(one.task.type, one.model.implementation, one.quantize) for one in (first.recipe, recipe)]
+    if of_recipes[0] != of_recipes[1]:
+        raise UserError(
+            f"{directory}: it goes with {first.directory} only if task.type, model.implementation and quantize of both "
+            "recipes are the same"
+        )
+    labels = _labels(directory)
+    adapters.open_adapter(first.model, recipe.model, directory, name)
+    finished = Finished(recipe, first.task, first.model, first.processor, labels, directory, name)
+    finished.activate()
+    return finished
 
 
 def tested_rows(finished: Finished) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from zoo.chats import with_prefix
 from zoo.errors import RunError, UserError
 from zoo.files import replacing
 from zoo.images import image_column
-from zoo.model_directory import Finished, open_finished
+from zoo.model_directory import Finished, open_beside, open_finished
 from zoo.reading import read_rows
 from zoo.task_types import TASK_TYPES
 from zoo.tasks.base import position_count
@@ -33,13 +33,16 @@ def run(
     file: Path | None = None,
     trust_remote_code: bool = False,
     pictures: Path | None = None,
+    adapters: Sequence[Path] = (),
 ) -> Iterator[dict[str, Any]]:
     """An answer for each text or image file, or each row of a file of them.
 
     Each has `id`, what was asked, `predicted` and, of classes, `probabilities`; of vectors, `embedding`. file: any the
     datasets library reads, with the columns that the task asks for (`text` and `text_pair` or `choices`, `image`,
     `question` and `context`, `prompt` or `messages`), or the names of the run's own data. pictures: a folder for images
-    that the model makes, which is made then; without it nothing is kept of them but how far they are.
+    that the model makes, which is made then; without it nothing is kept of them but how far they are. adapters: other
+    runs whose adapters are of the same base, which answer in turn after that of `directory`, in the same model; each
+    answer then has an `adapter`.
     Raises UserError at once, and not only when the answers are read, for what cannot be answered.
     """
     if bool(asked) == (file is not None):
@@ -51,7 +54,19 @@ def run(
     given = [with_prefix(finished.recipe.task.prefix, one) if isinstance(one, list) else one for one in given]
     if TASK_TYPES[finished.task.name].generates:
         _check_room(finished, given)
-    return _answers(finished, rows, given, pictures)
+    if not adapters:
+        return _answers(finished, rows, given, pictures)
+    opened = [finished, *(open_beside(finished, other, f"adapter_{n}") for n, other in enumerate(adapters, 1))]
+    return _answers_in_turn(opened, rows, given, pictures)
+
+
+def _answers_in_turn(
+    opened: Sequence[Finished], rows: Sequence[dict[str, Any]], given: Sequence[Any], pictures: Path | None
+) -> Iterator[dict[str, Any]]:
+    for finished in opened:
+        finished.activate()
+        for answer in _answers(finished, rows, given, pictures):
+            yield {"adapter": str(finished.directory), **answer}
 
 
 def write(answers: Iterable[dict[str, Any]], output: Path) -> int:
@@ -147,7 +162,11 @@ def _keep(picture: Image.Image, file: Path) -> str:
 
 def in_lines(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
     """For people: what was predicted, how surely or how far off, and the beginning of the text, or the image's file."""
+    shown = None
     for answer in _with_nearest(iter(answers)):
+        if answer.get("adapter") != shown:
+            shown = answer["adapter"]
+            yield f"{shown}:"
         told = answer["messages"][-1]["content"] if "messages" in answer else f"image {answer['id']}"
         text = next((answer[name] for name in ("text", "question", "prompt", "image") if answer.get(name)), told)
         yield f"{'  '.join(chain(_predicted(answer)))}  {_beginning(text)}"

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from zoo.bench.training import now
+from zoo.bench.training import accelerator_name, device, now
 from zoo.environment import hardware
 from zoo.errors import UserError
 from zoo.files import write_text
@@ -43,11 +43,19 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # slopes are those of long texts: at short ones what does not grow is most of the time
 SLOPE_FROM = 2048
 PASSES = ("forward", "training")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BEGIN, END = "<!-- made by make long-inputs -->\n", "<!-- end -->\n"
 
 
 def run(
-    names: Sequence[str], lengths: Sequence[int], rounds: int, heads: int, width: int, causal: bool, kwargs: dict
+    names: Sequence[str],
+    lengths: Sequence[int],
+    rounds: int,
+    heads: int,
+    width: int,
+    causal: bool,
+    kwargs: dict,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Times, ratios to full attention, memory and slopes; see `table`. Raises UserError for what there is not."""
     names = list(names) or [EAGER, *(name for name in KWARGS if not causal or _can_be_causal(name))]
@@ -61,7 +69,7 @@ def run(
     if wrong:
         raise UserError(f"--attention-kwargs: {wrong[0]}")
     names = [name for name in names if name != FULL]
-    shape: dict[str, Any] = {"heads": heads, "width": width, "causal": causal}
+    shape: dict[str, Any] = {"heads": heads, "width": width, "causal": causal, "dtype": dtype}
     try:
         for name, length in itertools.product(names, lengths):
             _subject(name, length, kwargs=KWARGS | kwargs, **shape)
@@ -79,6 +87,7 @@ def run(
         "rounds": rounds,
         **shape,
         "cpu": hardware()["cpu"],
+        **accelerator_name(),
         "attention_kwargs": used,
         "results": results,
         "slopes": slopes,
@@ -96,7 +105,7 @@ def _one_length(
     for name in names:
         bar.set_postfix_str(f"{name}, {length:,} tokens")
         # full attention is what all are compared with
-        if name != FULL and _expected_bytes(name, length, shape["heads"], shorter) > psutil.virtual_memory().available:
+        if name != FULL and _expected_bytes(name, length, shape["heads"], shorter) > _free_bytes():
             bar.update(rounds + 1)
             continue
         memory[name] = _in_own_process(name, length, shape, kwargs)
@@ -122,6 +131,12 @@ def _one_length(
     return {"length": length, "variants": entries}
 
 
+def _free_bytes() -> int:
+    if device().type == "cpu":
+        return psutil.virtual_memory().available
+    return torch.get_device_module(device()).mem_get_info()[0]
+
+
 def _expected_bytes(name: str, length: int, heads: int, shorter: list[dict]) -> float:
     """What forward and backward add: five matrices of all scores, or what it was at shorter lengths, as it grew."""
     if name == EAGER:
@@ -136,7 +151,9 @@ def _expected_bytes(name: str, length: int, heads: int, shorter: list[dict]) -> 
     return known[-1][1] * (length / known[-1][0]) ** power
 
 
-def _subject(name: str, length: int, heads: int, width: int, causal: bool, kwargs: dict) -> Callable:
+def _subject(
+    name: str, length: int, heads: int, width: int, causal: bool, kwargs: dict, dtype: str = "float32"
+) -> Callable:
     """(tokens, heads, width) of queries, keys and values -> the same of outputs, as a model's layers call it."""
     scaling = width**-0.5
     if name in MASKS:
@@ -148,6 +165,7 @@ def _subject(name: str, length: int, heads: int, width: int, causal: bool, kwarg
         ATTENTIONS[name].check(config, **kwargs[name])
         kernel = ATTENTIONS[name](config, heads, width, causal, **kwargs[name])
         kernel.initialise()
+        kernel.to(device(), DTYPES[dtype])
         return _by_head(partial(kernel, scaling=scaling))
     if name == EAGER:
         return _by_head(partial(_all_scores, scaling=scaling, causal=causal))
@@ -166,18 +184,21 @@ def _by_head(attend: Callable) -> Callable:
 def _all_scores(q, k, v, scaling: float, causal: bool) -> torch.Tensor:
     scores = q @ k.transpose(2, 3) * scaling
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -math.inf)
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
     return torch.softmax(scores, -1) @ v
 
 
-def _inputs(length: int, heads: int, width: int) -> list[torch.Tensor]:
+def _inputs(length: int, heads: int, width: int, dtype: str = "float32") -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(length, heads, width, generator=generator).requires_grad_() for _ in range(3)]
+    states = (torch.randn(length, heads, width, generator=generator) for _ in range(3))
+    return [x.to(device(), DTYPES[dtype]).requires_grad_() for x in states]
 
 
-def _turn(attend: Callable, length: int, heads: int, width: int, causal: bool) -> dict[str, float]:
+def _turn(
+    attend: Callable, length: int, heads: int, width: int, causal: bool, dtype: str = "float32"
+) -> dict[str, float]:
     """Seconds of a forward pass without gradients, and of one with its backward pass."""
-    states = _inputs(length, heads, width)
+    states = _inputs(length, heads, width, dtype)
     with torch.no_grad():
         start = now()
         attend(*states)
@@ -199,11 +220,13 @@ def _memory(name: str, length: int, shape: dict, kwargs: dict) -> int:
     # what is done once, such as a pattern's blocks, is done before
     attend = _subject(name, length, kwargs=kwargs, **shape)
     _turn(attend, min(length, 64), **shape)
-    states = _inputs(length, shape["heads"], shape["width"])
-    reset_peak_memory()
-    before = peak_memory_bytes()
+    states = _inputs(length, shape["heads"], shape["width"], shape["dtype"])
+    module = torch.get_device_module(device())
+    peak: Callable[[], int] = getattr(module, "max_memory_allocated", peak_memory_bytes)
+    getattr(module, "reset_peak_memory_stats", reset_peak_memory)()
+    before = peak()
     attend(*states).sum().backward()
-    return max(0, peak_memory_bytes() - before)
+    return max(0, peak() - before)
 
 
 def _slopes(name: str, results: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -226,9 +249,8 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown, as docs/long-inputs.md shows it: forward and backward, the ratio to full attention."""
     lengths = [entry["length"] for entry in result["results"]]
     way = "causal" if result["causal"] else "bidirectional"
-    said = (
-        f"{way}, {result['heads']} heads of {result['width']}, {torch.get_num_threads()} threads, {result['cpu']}, fp32"
-    )
+    place = result.get("accelerator") or f"{torch.get_num_threads()} threads, {result['cpu']}"
+    said = f"{way}, {result['heads']} heads of {result['width']}, {place}, {result['dtype']}"
     lines = [f"{said}; median of {result['rounds']} rounds", ""]
     for title, shown in (("Forward and backward", _times), ("Forward alone", _forward), ("Memory", _megabytes)):
         lines.append(f"| {title} | " + " | ".join(f"{length:,}" for length in lengths) + " | slope |")

@@ -4,7 +4,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -136,6 +136,9 @@ def attention(
     causal: Annotated[bool, typer.Option("--causal", help="As in a decoder.")] = False,
     heads: Annotated[int, typer.Option(min=1)] = 12,
     width: Annotated[int, typer.Option(min=1, help="Of a head.")] = 64,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of all that is computed.")
+    ] = "float32",
     rounds: Rounds = 5,
     png: Annotated[Path | None, typer.Option(help="Draw the curves into this file.")] = None,
     as_json: AsJson = False,
@@ -149,13 +152,15 @@ def attention(
       zoo bench attention local performer --length 4096 --length 8192 --causal
 
       zoo bench attention linformer --attention-kwargs '{"linformer": {"rank": 128}}' --png curves.png
+
+      zoo bench attention local linear --length 32768 --dtype bfloat16
     """
     with ending(), only_json(as_json) as answer:
         quiet_libraries()
         from zoo.bench import attention as measured
 
         kwargs = attention_kwargs_of(attention_kwargs)
-        found = measured.run(names or [], length or measured.LENGTHS, rounds, heads, width, causal, kwargs)
+        found = measured.run(names or [], length or measured.LENGTHS, rounds, heads, width, causal, kwargs, dtype)
         if png is not None:
             measured.draw(found, png)
         print(json_line(found) if as_json else measured.table(found), file=answer)

@@ -79,7 +79,8 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        # of a frozen layer the input is needed no more
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return _product(x, weight, bias)
 
     @staticmethod
