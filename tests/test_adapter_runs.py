@@ -175,7 +175,7 @@ def test_an_adapter_takes_the_names_of_the_official_class_and_back(adapter, tiny
 
 def test_what_is_not_merged(adapter, tmp_path):
     with pytest.raises(RunError, match=r"more than 0 \(--bound\); keep the adapter apart"):
-        merging.run(adapter, tmp_path / "whole", texts=2, bound=0.0)
+        merging.run(adapter, tmp_path / "whole", texts=40, bound=0.0)
     assert not (tmp_path / "whole").exists()
     merging.run(adapter, tmp_path / "whole", texts=2)
     with pytest.raises(UserError, match="there is something already"):

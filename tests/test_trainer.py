@@ -113,3 +113,13 @@ def test_why_the_stock_trainer_will_not_do(tmp_path, caplog):
         trainer._load_from_checkpoint(str(tmp_path / "checkpoint-8"))
         assert equal(state(other), saved) == restored, trainer_class
     assert len(saved) == 57
+
+
+def test_evaluation_leaves_no_row_out(tmp_path):
+    """`dataloader_drop_last` is of training; stock, the same arguments evaluate 4 of 6 rows and say nothing."""
+    official = "BertForSequenceClassification"
+    changes = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4, "max_steps": 1}
+    for trainer_class, seen in ((ZooTrainer, 6), (Trainer, 4)):
+        trainer = train(build("bert", official), official, tmp_path / trainer_class.__name__, trainer_class, **changes)
+        assert len(trainer.predict(rows(official)[:6]).predictions) == seen
+        assert len(trainer.get_train_dataloader()) == ROWS // 6

@@ -202,6 +202,16 @@ class ZooTrainer(StepLoss):
         # predictions stand in the order of the rows, also where training groups them by length
         return SequentialSampler(eval_dataset)
 
+    def _get_dataloader(self, *args, **kwargs):
+        if kwargs.get("is_training"):
+            return super()._get_dataloader(*args, **kwargs)
+        # the last batch that training may leave out is evaluated
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def evaluation_loop(self, dataloader, *args, **kwargs):
         # what metrics read beside predictions, such as the row of each window
         self.evaluated_rows = dataloader.dataset

@@ -20,7 +20,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from zoo.models import blocked_attention, layer_masks, masks, ragged_attention
 from zoo.models.blocks import Block
-from zoo.models.modeling_gpt2 import ZooGPT2Config, ZooGPT2LMHeadModel
+from zoo.models.modeling_gpt2 import ZooGPT2Config, ZooGPT2LMHeadModel, ZooGPT2Model
 from zoo.models.positions import Alibi, Rotary, Sinusoids, rotate
 from zoo.models.spec import FEED_FORWARDS, OPTIONS, POSITIONS, BlockSpec
 
@@ -218,6 +218,14 @@ def test_sinusoids_are_those_of_the_paper():
     for column, position in enumerate((0, 3, 1000)):
         expected = [f(position / 10_000 ** (2 * i / 6)) for i in range(3) for f in (math.sin, math.cos)]
         torch.testing.assert_close(found[0, column], torch.tensor(expected))
+
+
+def test_tokens_are_not_drowned_by_sinusoids():
+    """Vectors of tokens, which begin at a deviation of 0.02, count sqrt(width) times as much (section 3.4)."""
+    config = ZooGPT2Config(n_embd=24, n_head=2, n_layer=0, vocab_size=9, block={"positions": "sinusoidal"})
+    model, ids = ZooGPT2Model(config).eval(), torch.tensor([[5, 2, 7]])
+    expected = model.ln_f(24**0.5 * model.wte(ids) + Sinusoids(24)(torch.arange(3)))
+    torch.testing.assert_close(model(ids).last_hidden_state, expected)
 
 
 SPECS = [

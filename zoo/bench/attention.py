@@ -209,8 +209,12 @@ def _turn(
 
 
 def _in_own_process(name: str, length: int, shape: dict, kwargs: dict) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo.bench.attention"])
+    if device().type == "cpu":
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["zoo.bench.attention"])
+    else:
+        # what has been forked cannot use CUDA
+        context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_memory, name, length, shape, kwargs).result()
 

@@ -1,5 +1,7 @@
 """What turns ids into vectors: tokens, positions, segments."""
 
+import math
+
 import torch
 from torch import nn
 from transformers.utils.import_utils import is_tracing
@@ -48,10 +50,16 @@ def make_positions(config, count: int, width: int, padding_idx: int | None = Non
 
 
 def add_positions(states: torch.Tensor, positions: nn.Module | None, position_ids: torch.Tensor) -> torch.Tensor:
-    """`states` with the vectors of their positions. Raises ValueError for a position that is not there."""
+    """`states` with the vectors of their positions. Raises ValueError for a position that is not there.
+
+    Tokens to which sinusoids are added count sqrt(width) times as much, since their vectors begin small (Attention Is
+    All You Need, section 3.4).
+    """
     if isinstance(positions, nn.Embedding):
         return states + look_up(positions, position_ids, "position", "max_position_embeddings")
-    return states if positions is None else states + positions(position_ids).to(states.dtype)
+    if positions is None:
+        return states
+    return states * math.sqrt(states.shape[-1]) + positions(position_ids).to(states.dtype)
 
 
 class BertEmbeddings(nn.Module):

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import Attention
 from .blocks import Block, FeedForward, make_final_norm
 from .dropout import Dropout
-from .embeddings import add_positions, look_up
+from .embeddings import look_up
 from .layer_masks import LayerMasks, cross_mask
 from .positions import RelativePositionBias, Sinusoids, bias_of_pass, make_bias, make_rotary
 from .pretrained import VariantConfig, ZooPreTrainedModel
@@ -237,7 +237,9 @@ class ZooT5Stack(ZooT5PreTrainedModel):
         hidden_states = inputs_embeds
         if hidden_states is None:
             hidden_states = look_up(self.embed_tokens, input_ids, "token id", "vocab_size")
-        hidden_states = add_positions(hidden_states, self.positions, position_ids)
+        if self.positions is not None:
+            # its tokens' vectors begin as large as sinusoids are
+            hidden_states = hidden_states + self.positions(position_ids).to(hidden_states.dtype)
         rotary = None if self.rotary is None else self.rotary(position_ids)
         # only shape, dtype and device of this are read
         grid = hidden_states if packing is None else hidden_states.new_empty(1).expand(*inputs.shape[:2], 1)
