@@ -270,7 +270,7 @@ def predict(
 
       zoo predict runs/bert-finetune-topics --file new.jsonl --output answers.jsonl
 
-      zoo predict runs/topics-lora --adapter runs/topics-ia3 "wheat shipments to the soviet union rose"
+      zoo predict runs/topics-lora --adapter runs/topics-lora-16 "wheat shipments to the soviet union rose"
     """
     with ending(), only_json(as_json) as answer:
         quiet_libraries()

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo import adapters
+from zoo.adapter_types import DEFAULT_TYPE
 from zoo.checkpoints import writing
 from zoo.data import load_splits
 from zoo.encoding import encoded
@@ -192,6 +193,9 @@ def open_beside(first: Finished, directory: Path, name: str) -> Finished:
             f"{directory}: it goes with {first.directory} only if task.type, model.implementation and quantize of both "
             "recipes are the same"
         )
+    methods = [one.lora.get("type", DEFAULT_TYPE) for one in (first.recipe, recipe)]
+    if methods[0] != methods[1]:
+        raise UserError(f"{directory}: peft puts only adapters of one method into a model, and its is {methods[1]}")
     labels = _labels(directory)
     adapters.open_adapter(first.model, recipe.model, directory, name)
     finished = Finished(recipe, first.task, first.model, first.processor, labels, directory, name)
