@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -289,6 +289,37 @@ def predict(
         else:
             for line in prediction.in_lines(answers):
                 print(line, file=answer)
+
+
+@app.command()
+def quantize(
+    directory: Annotated[Path, typer.Argument(help="A directory that zoo train has finished.")],
+    method: Annotated[
+        Literal["dynamic-int8", "smooth-int8", "bnb-int8", "bnb-nf4", "torchao-int8"],
+        typer.Option(help="dynamic-int8 and smooth-int8 are faster on CPUs; the others smaller."),
+    ] = "dynamic-int8",
+    output_dir: Annotated[Path | None, typer.Option(help="DIRECTORY-METHOD unless given.")] = None,
+    calibrate: Annotated[int, typer.Option(min=0, help="Rows of train that smooth-int8 reads.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Give a finished model weights of 8 or 4 bits; say what it then reaches, how large it is, and how fast.
+
+    Examples:
+
+      zoo quantize runs/bert-finetune-topics
+
+      zoo quantize runs/gpt2-pretrain-news --method smooth-int8 --calibrate 64
+    """
+    with ending(), only_json(as_json) as answer:
+        quiet_libraries()
+        from zoo import quantize as stage
+
+        target = output_dir or directory.with_name(f"{directory.name}-{method}")
+        report = stage.run(directory, method, target, calibrate)
+        if as_json:
+            print(json_line({"directory": str(target), **report}), file=answer)
+        else:
+            print(f"{stage.table(report)}\n\nthe model is in {target}", file=answer)
 
 
 @app.command()

@@ -42,6 +42,8 @@ LAYERS = [
         "preview",
         "transplant",
         "merging",
+        "stages",
+        "quantize",
         "adapter_names",
         "adapter_list",
         "adapter_commands",
@@ -51,17 +53,29 @@ LAYERS = [
     {"cli"},
 ]
 # what makes or opens a model knows its classes; everything else, the Auto classes
-OPENERS = {"loading", "fresh", "size_counts", "model_directory", "bench", "pictures", "transplant", "adapters"}
+OPENERS = {
+    "loading",
+    "fresh",
+    "size_counts",
+    "model_directory",
+    "bench",
+    "pictures",
+    "transplant",
+    "adapters",
+    "quantize",
+}
 NEIGHBOURS = {
     "library_schema": {"sources"},
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},
     "evaluation": {"train"},
     "baselines": {"train"},
     "preview": {"train"},
-    "transplant": {"train"},
+    "transplant": {"train", "stages"},
+    "stages": {"train"},
+    "quantize": {"stages"},
     "seeds": {"train"},
     "bench": {"train", "size_counts"},
-    "merging": {"train"},
+    "merging": {"stages"},
     "adapter_commands": {"merging", "adapter_names", "adapter_list"},
 }
 

@@ -32,7 +32,7 @@ from zoo.hub_errors import hub_failure
 from zoo.models.linformer import Linformer
 from zoo.models.patches import as_pair, resize_positions
 from zoo.models.pretrained import ZooPreTrainedModel
-from zoo.quantized import assert_near, fence, quantisation
+from zoo.quantized import assert_kept, assert_near, fence, quantisation
 from zoo.recipe_loading import shipped_recipes
 from zoo.sections import ATTENTION_FIELDS, ModelSection, TokenizerSection
 from zoo.sources import resolve
@@ -196,14 +196,20 @@ def _trained(
         arguments["attn_implementation"] = section.attn_implementation
     if section.implementation == "official":
         arguments["trust_remote_code"] = section.trust_remote_code
+    quantised = bool(fields.get("quantization_config"))
+    if quantize and (quantised or fields.get("int8")):
+        raise UserError(f"model {path}: its weights are quantised already; remove the section quantize")
     if quantize:
         make = getattr(model_class, "from_config", None) or model_class._from_config
         arguments["quantization_config"] = quantisation(quantize, lambda: make(config))
     model = _open(path, model_class, location, arguments, whole)
     directory = _directory(location, revision) if source.kind == "hub" else Path(location)
-    if quantize:
+    if quantize or quantised:
         fence(model)
+    if quantize and "torchao" not in quantize:
         assert_near(model, directory)
+    elif quantize or quantised:
+        assert_kept(model, directory)
     else:
         assert_same_weights(model, directory)
     # an adapter is told by them apart from those of other weights

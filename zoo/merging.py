@@ -4,8 +4,6 @@ To merge, the base is opened at full width, also where the adapter was trained o
 weights is rounded too.
 """
 
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,25 +13,19 @@ from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
-from zoo import train
+from zoo import stages
 from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
-from zoo.card import card
 from zoo.errors import RunError, UserError
-from zoo.files import write_text
 from zoo.model_directory import (
     ADAPTER,
-    RECIPE,
     Finished,
     check_free,
     collate_of,
-    has_variant,
     open_beside,
     open_finished,
     read_metrics,
-    save,
     tested_rows,
 )
-from zoo.recipe import Recipe
 from zoo.sections import FinetuneSection
 
 # the largest difference of an output, over the largest output
@@ -75,7 +67,7 @@ def run(directory: Path, output_dir: Path, texts: int = 64, bound: float = BOUND
         f"{report['difference']:.1e} of the largest. The results above are the adapter's."
     )
     plain = recipe.model_copy(update={"lora": {}, "quantize": {}, "finetune": FinetuneSection()})
-    _write(finished, plain, merged, read_metrics(directory), f"## Merged\n\n{said}\n", output_dir)
+    stages.write(finished, plain, merged, read_metrics(directory), f"## Merged\n\n{said}\n", output_dir)
     return report
 
 
@@ -124,10 +116,10 @@ def combine(
     config = model.peft_config[kept]
     lora = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
     recipe = first.recipe.model_copy(update={"lora": lora, "finetune": FinetuneSection()})
-    metrics = _measured(first)
+    metrics = stages.measured(first, model)
     parts = ", ".join(f"{weight:g} x {one.name}" for one, weight in zip(directories, weights, strict=True))
     said = f"`{combination_type}` of {parts}; the results above are its own."
-    _write(first, recipe, model, metrics, f"## Combined\n\n{said}\n", output_dir)
+    stages.write(first, recipe, model, metrics, f"## Combined\n\n{said}\n", output_dir)
     return {"r": config.r, **metrics}
 
 
@@ -145,42 +137,16 @@ def _check_sum(one: Finished) -> None:
         raise UserError(f"{one.directory}: {what}; only LoRA adapters are combined")
 
 
-def _check_summed(model: PeftModel, weights: dict[str, float], summed: str) -> None:
+def _check_summed(model: Any, weights: dict[str, float], summed: str) -> None:
     """Raises RunError unless the change of each layer is the weighted sum of the changes."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or summed not in layer.lora_A:
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or summed not in module.lora_A:
             continue
+        layer: Any = module
         parts = [weight * layer.get_delta_weight(one) for one, weight in weights.items() if one in layer.lora_A]
         off = float((layer.get_delta_weight(summed) - sum(parts)).norm() / sum(parts).norm().clamp(min=1e-12))
         if not off < 1e-4:
             raise RunError(f"adapters combine: {name} is off by {off:.2g} of the sum; please report this")
-
-
-def _measured(finished: Finished) -> dict[str, Any]:
-    """Metrics on the rows that a run was tested on."""
-    recipe = finished.recipe
-    with tempfile.TemporaryDirectory() as scratch:
-        quiet = {"per_device_eval_batch_size": recipe.train.get("per_device_eval_batch_size", 8)}
-        arguments = train.training_arguments(recipe.model_copy(update={"train": quiet}), Path(scratch))
-        model, processor, labels = finished.model, finished.processor, finished.labels
-        trainer = train.build_trainer(recipe, finished.task, model, processor, arguments, labels)
-        prefix, rows = tested_rows(finished)
-        metrics = trainer.evaluate(rows, metric_key_prefix=prefix)
-    timed = ("_runtime", "per_second", "epoch", "_preparation_time")
-    return {name: value for name, value in metrics.items() if not name.endswith(timed)}
-
-
-def _write(
-    finished: Finished, recipe: Recipe, model: Any, metrics: dict[str, Any], section: str, output_dir: Path
-) -> None:
-    """A finished run like the one that it was made of. section: what its card says besides."""
-    task, environment = finished.task, (finished.directory / "environment.json").read_bytes()
-    usage = task.usage(recipe.task, model) if callable(task.usage) else task.usage
-    text = card(recipe, task, metrics, None, json.loads(environment), [], usage, has_variant(model))
-    extras: dict[str, str | bytes] = {"README.md": f"{text}\n{section}", "environment.json": environment}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / RECIPE, recipe.to_yaml())
-    save(recipe, model, finished.processor, metrics, output_dir, extras)
 
 
 def _batches(finished: Finished, texts: int) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
 from zoo.loading import Processor, fit_images, load_model, load_processor
+from zoo.quantized import assert_kept
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.tasks import Task, task_of
@@ -90,7 +91,9 @@ def save(
                 (new / name).write_bytes(content)
             else:
                 write_text(new / name, content)
-        if not isinstance(model, PeftModel):
+        if getattr(model, "hf_quantizer", None) is not None:
+            assert_kept(model, new)  # type: ignore[arg-type]
+        elif not isinstance(model, PeftModel):
             assert_same_weights(model, new, whole=True)
         for file in sorted(file for file in new.rglob("*") if file.is_file()):
             target = output_dir / file.relative_to(new)

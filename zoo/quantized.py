@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
@@ -21,13 +21,18 @@ HIGHEST_ERROR = {8: 0.05, 4: 0.2}
 # of layers of 4 bits on a CPU the library asserts that outputs are a multiple of the one; where inputs are none of the
 # other, which is its block, it loses a quarter of the weight without a word (bitsandbytes 0.50)
 OUTPUTS, INPUTS = 32, 64
+# how files of weights end
+WEIGHT_BYTES = (".safetensors", ".bin")
 
 
-def quantisation(section: Mapping[str, Any], make: Callable[[], PreTrainedModel]) -> BitsAndBytesConfig:
+def quantisation(section: Mapping[str, Any], make: Callable[[], PreTrainedModel]) -> Any:
     """The library's config, which skips what is outside the stacks. make: the model with weights of whatever value.
 
-    Raises UserError for what the library refuses.
+    section: of BitsAndBytesConfig, or `torchao` with the name of one of its configs. Raises UserError for what the
+    library refuses.
     """
+    if "torchao" in section:
+        return _of_torchao(section["torchao"], make)
     try:
         config = BitsAndBytesConfig(**section)
     except (ValueError, TypeError, ImportError) as error:
@@ -40,7 +45,7 @@ def quantisation(section: Mapping[str, Any], make: Callable[[], PreTrainedModel]
     for name, module in model.named_modules():
         if type(module) is not nn.Linear and not isinstance(module, Conv1D):
             continue
-        if not any(part.isdigit() for part in name.split(".")):
+        if not _in_stack(name):
             outside.append(name)
         elif config.load_in_4bit:
             outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
@@ -53,6 +58,21 @@ def quantisation(section: Mapping[str, Any], make: Callable[[], PreTrainedModel]
     return config
 
 
+def _of_torchao(name: str, make: Callable[[], PreTrainedModel]) -> TorchAoConfig:
+    import torchao.quantization
+
+    with torch.device("meta"):
+        model = make()
+    outside = [n for n, module in model.named_modules() if type(module) is nn.Linear and not _in_stack(n)]
+    if not any(type(module) is nn.Linear and _in_stack(n) for n, module in model.named_modules()):
+        raise UserError(f"quantize: torchao knows no layer of {type(model).__name__}; use dynamic-int8")
+    return TorchAoConfig(getattr(torchao.quantization, name)(), modules_to_not_convert=outside)
+
+
+def _in_stack(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
 def fence(model: PreTrainedModel) -> None:
     """Keeps 4-bit layers on CPUs with AVX512-BF16 from repacking their weights in the first evaluation.
 
@@ -62,6 +82,14 @@ def fence(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def check_learns(model: PreTrainedModel, path: str | None) -> None:
+    """Raises UserError for a model of `models/int8.py`."""
+    if getattr(model.config, "int8", None):
+        raise UserError(
+            f"model.path: the weights in {path} are of 8 bits, which do not learn; name the run that they were made of"
+        )
 
 
 def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -108,6 +136,20 @@ def assert_near(model: PreTrainedModel, directory: Path) -> None:
                 raise RunError(
                     f"{directory}: {name} is off by {float(difference):.2g} in the model; please report this"
                 )
+    if not compared:
+        raise RunError(f"{directory}: no tensor was found again in the quantised model; please report this")
+
+
+def assert_kept(model: PreTrainedModel, directory: Path) -> None:
+    """Raises RunError unless what files of a quantised model hold at full width is what the model holds."""
+    state, compared = model.state_dict(), 0
+    for name, saved in saved_tensors(directory):
+        ours = state.get(name)
+        if ours is None or not saved.is_floating_point() or saved.dtype != ours.dtype or saved.shape != ours.shape:
+            continue
+        compared += 1
+        if not torch.equal(saved, ours.detach().cpu()):
+            raise RunError(f"{directory}: {name} is another one in the model; please report this")
     if not compared:
         raise RunError(f"{directory}: no tensor was found again in the quantised model; please report this")
 

@@ -37,6 +37,7 @@ from zoo.loading import Processor, fit_images, load_model, set_generation
 from zoo.memory import peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.packed_rows import check_kept_apart
+from zoo.quantized import check_learns
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
@@ -98,6 +99,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     model: Any = load_model(
         recipe.model, task.auto_class, splits.labels, task.problem_type, processor=processor, quantize=recipe.quantize
     )
+    check_learns(model, recipe.model.path)
     fit_images(model, processor, recipe.task.image_size)
     generation = None
     if TASK_TYPES[task.name].generates:

@@ -4,7 +4,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class ZooTrainer(StepLoss):
     seconds_before = 0.0  # of training, before this run was resumed
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        with _only_evaluated(kwargs.get("model")) if kwargs.get("train_dataset") is None else nullcontext():
+            super().__init__(*args, **kwargs)
         self.add_callback(_Begin(self))
         variants = getattr(getattr(self.model, "config", None), "attention_kwargs", None) or {}
         if every := variants.get("performer", {}).get("redraw"):
@@ -321,6 +323,19 @@ def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     if not any(one.grad is not None and bool(one.grad.any()) for _, one in learned):
         names = ", ".join(name for name, _ in learned[:3]) or "none"
         raise RunError(f"nothing learns: no gradient reaches any of {len(learned)} trained parameters ({names} ...)")
+
+
+@contextmanager
+def _only_evaluated(model) -> Iterator[None]:
+    """The stock Trainer refuses a quantised model without adapters, also where nothing is to be learned."""
+    loaded = getattr(model, "_hf_peft_config_loaded", None)
+    if loaded is not None and getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if loaded is not None:
+            model._hf_peft_config_loaded = loaded
 
 
 class _Redraw(TrainerCallback):

@@ -7,7 +7,6 @@ short training that learns from the old model, its answers and the states of its
 
 import json
 import math
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from zoo import train
+from zoo import stages, train
 from zoo.distillation import WITHOUT_LOGITS
 from zoo.errors import UserError
 from zoo.files import write_json
@@ -83,7 +82,7 @@ def run(
         "texts": texts,
         "layers": [vars(distance) for distance in distances],
         "before": _of_test(read_metrics(directory)),
-        "after_swap": _of_test(_measured(recipe, finished, swapped)),
+        "after_swap": _of_test(stages.measured(finished, swapped)),
     }
     metrics = train.run(recipe, output_dir, resume)
     report["after_healing"] = _of_test(metrics)
@@ -275,16 +274,6 @@ def _taker(queue: deque):
 
 def _giver(queue: deque):
     return lambda module, args: (queue.popleft(), *args[1:])
-
-
-def _measured(recipe: Recipe, finished: Finished, swapped) -> dict[str, Any]:
-    """Metrics of the model as it is after the swap."""
-    with tempfile.TemporaryDirectory() as scratch:
-        plain = recipe.model_copy(update={"train": {"per_device_eval_batch_size": 16, "disable_tqdm": False}})
-        arguments = train.training_arguments(plain, Path(scratch))
-        trainer = train.build_trainer(recipe, finished.task, swapped, finished.processor, arguments, finished.labels)
-        prefix, rows = tested_rows(finished)
-        return trainer.evaluate(rows, metric_key_prefix=prefix)
 
 
 def _of_test(metrics: dict[str, Any]) -> dict[str, Any]:

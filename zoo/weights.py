@@ -23,8 +23,9 @@ def assert_same_weights(model: PreTrainedModel, directory: Path, whole: bool = F
     whole: the directory is this model's own, so nothing may be aside.
     """
     state = dict(model.state_dict())
-    # a model with blocks of its own is saved under its own names
-    held = state if getattr(model.config, "block", None) else revert_weight_conversion(model, state)
+    # a model with blocks or weights of its own is saved under its own names
+    own = getattr(model.config, "block", None) or getattr(model.config, "int8", None)
+    held = state if own else revert_weight_conversion(model, state)
     prefix = f"{model.base_model_prefix}."
     seen, different, unknown = set(), [], []
     for name, tensor in saved_tensors(directory):

@@ -19,13 +19,14 @@ from transformers.utils.output_capturing import OutputRecorder
 from .attention import Attention
 from .attention_variants import FULL, check_variant
 from .blocks import Block
+from .int8 import WAYS, use_int8
 from .kernel import Kernel, shared_parameters
 from .performer import Performer
 from .ragged import RaggedMixin
 
 # fields that only our configs have
-ZOO_FIELDS = ("attention", "attention_kwargs", "cross_attention", "encoder_attention", "decoder_attention", "block")
 ATTENTION_FIELDS = ("attention", "cross_attention", "encoder_attention", "decoder_attention")
+ZOO_FIELDS = (*ATTENTION_FIELDS, "attention_kwargs", "block", "int8")
 
 
 class LoadRenaming(WeightRenaming):
@@ -53,10 +54,15 @@ def register_key_map(class_names: list[str], key_map: list) -> None:
 
 
 def is_standard(config: PreTrainedConfig) -> bool:
-    """Whether the official class computes the same: full attention in every layer, and the family's own blocks."""
+    """Whether the official class computes the same: full attention, and the family's own blocks and weights."""
     fields = (getattr(config, name, None) for name in ATTENTION_FIELDS)
     names = [name for field in fields if field is not None for name in ([field] if isinstance(field, str) else field)]
-    return all(name == FULL for name in names) and not getattr(config, "block", None)
+    return all(name == FULL for name in names) and has_official_names(config)
+
+
+def has_official_names(config: PreTrainedConfig) -> bool:
+    """Whether weights have the shapes of the official ones, and so their names in files."""
+    return not getattr(config, "block", None) and not getattr(config, "int8", None)
 
 
 def check_heads(config: PreTrainedConfig, width: str, heads: str) -> None:
@@ -84,6 +90,8 @@ class VariantConfig(PreTrainedConfig):
     cross_attention: str = FULL
     # what is not as in the family's own block: `spec.OPTIONS`
     block: dict | None = None
+    # weights of 8 bits, not for training: how their inputs are rounded, one of `int8.WAYS`
+    int8: str | None = None
 
     # where the family's own block has its norms
     own_norm_place: ClassVar[str] = "post"
@@ -97,6 +105,8 @@ class VariantConfig(PreTrainedConfig):
     def validate_architecture(self):
         super().validate_architecture()
         check_variant(self)
+        if self.int8 is not None and self.int8 not in WAYS:
+            raise ValueError(f"int8: one of {', '.join(WAYS)}, not {self.int8!r}.")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -152,7 +162,9 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
     def _initialize_weights(self, module, is_custom_code: bool = False):
         # transformers skips every module without parameters of its own in code that is not its own, and with it what
         # a block sets in its layers; `initialization`, which ours uses, leaves loaded parameters alone anyway
-        super()._initialize_weights(module, is_custom_code=False)
+        # weights of 8 bits are those of another model, or of a file
+        if not self.config.int8:
+            super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -163,8 +175,9 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
             module.initialise()
 
     def post_init(self):
+        scales = use_int8(self, self.config.int8 == "smooth") if self.config.int8 else {}
         # read where weights are saved
-        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **shared_parameters(self)}
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **shared_parameters(self), **scales}
         super().post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
@@ -188,6 +201,7 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         """The config with which the official class computes the same. Raises ValueError for a variant."""
         if not is_standard(self.config):
             of_block = f" and block {self.config.block!r}" if self.config.block else ""
+            of_block += " and weights of 8 bits" if self.config.int8 else ""
             raise ValueError(
                 f"A model with attention {self.config.attention!r}{of_block} has no official form: the official class "
                 "would open its weights and compute something else. Save it with its own code instead."
@@ -208,7 +222,7 @@ class ZooPreTrainedModel(RaggedMixin, PreTrainedModel):
         a variant, which has no official form.
         """
         official_config = self.official_config() if official else None
-        if not official and (self.config.block or getattr(self, "hf_quantizer", None) is not None):
+        if not official and (not has_official_names(self.config) or getattr(self, "hf_quantizer", None) is not None):
             # our own names: the official ones stand for the official shapes, which other blocks have not; and quantised
             # weights are bytes, which no map transposes
             kwargs.setdefault("save_original_format", False)

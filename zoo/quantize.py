@@ -1,0 +1,251 @@
+"""`zoo quantize`: a finished model with weights of fewer bits, what it then reaches on its own data, and how fast.
+
+`dynamic-int8` and `smooth-int8` are layers of our own (`models/int8.py`), which a native model keeps in its config and
+code; the others are the libraries' own, of the official class where there is one, and open by `from_pretrained` alone.
+"""
+
+import copy
+import importlib.util
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from zoo import stages
+from zoo.data import load_splits
+from zoo.encoding import encoded
+from zoo.errors import RunError, UserError
+from zoo.loading import load_model
+from zoo.model_directory import (
+    Finished,
+    check_free,
+    collate_of,
+    has_variant,
+    open_finished,
+    read_metrics,
+    tested_rows,
+)
+from zoo.models.int8 import Int8Embedding, Int8Linear
+from zoo.models.pretrained import ZooPreTrainedModel
+from zoo.quantized import WEIGHT_BYTES, fence
+from zoo.task_types import TASK_TYPES
+
+INT8 = {"dynamic-int8": "dynamic", "smooth-int8": "smooth"}
+LIBRARIES: dict[str, dict[str, Any]] = {
+    "bnb-int8": {"load_in_8bit": True},
+    "bnb-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "torchao-int8": {"torchao": "Int8WeightOnlyConfig"},
+}
+METHODS = (*INT8, *LIBRARIES)
+NEW_TOKENS, ROUNDS, BATCHES = 32, 3, 4
+
+
+def run(directory: Path, method: str, output_dir: Path, calibrate: int = 128) -> dict[str, Any]:
+    """`before` and `after`: the test metrics, `bytes` of the weights, and `per_second`, tokens written one text at a
+    time or samples in batches, measured in turns; `ratio` of these. output_dir is then a finished run.
+
+    calibrate: rows of train that `smooth-int8` reads. Raises UserError for a model that cannot be quantised so.
+    """
+    check_free(output_dir)
+    finished = open_finished(directory)
+    if finished.recipe.lora:
+        raise UserError(f"{directory}: an adapter; make a whole model of it first: zoo adapters merge {directory}")
+    if getattr(finished.model.config, "int8", None) or getattr(finished.model.config, "quantization_config", None):
+        raise UserError(f"{directory}: quantised already; give the run that it was made of")
+    if method in INT8:
+        model, implementation = _int8(finished, method, calibrate), "native"
+    else:
+        model, implementation = _by_library(finished, method)
+    model.eval()
+    batches = list(itertools.islice(_batches(finished), BATCHES))
+    _check_reopened(finished, model, batches[0])
+    before, after = read_metrics(directory), stages.measured(finished, model)
+    speed = _speed({"before": finished.model, "after": model}, finished, batches)
+    section = finished.recipe.model.model_copy(update={"implementation": implementation})
+    recipe = finished.recipe.model_copy(update={"model": section})
+    said = f"`zoo quantize --method {method}` of {finished.directory.name}; the results above are its own."
+    stages.write(finished, recipe, model, after, f"## Quantised\n\n{said}\n", output_dir)
+    sizes = {"before": _bytes(directory), "after": _bytes(output_dir)}
+    report: dict[str, Any] = {"method": method, "ratio": speed["ratio"], "unit": speed["unit"]}
+    for side, metrics in (("before", before), ("after", after)):
+        kept = {name: metrics[name] for name in after if name in metrics}
+        report[side] = {**kept, "bytes": sizes[side], "per_second": speed[side]}
+    return report
+
+
+def _int8(finished: Finished, method: str, calibrate: int) -> nn.Module:
+    """The same model with layers of 8 bits."""
+    if not isinstance(finished.model, ZooPreTrainedModel):
+        finished = open_finished(finished.directory, ["model.implementation=native"])
+    source: Any = finished.model
+    way = INT8[method]
+    largest = _largest_inputs(finished, calibrate) if way == "smooth" else {}
+    config = copy.deepcopy(source.config)
+    config.int8 = way
+    model = type(source)._from_config(config, attn_implementation=source.config._attn_implementation)
+    made = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)}
+    parts = dict(source.named_modules())
+    for name, module in made.items():
+        if isinstance(module, Int8Linear):
+            module.fill(parts[name], largest.get(name))
+        else:
+            module.fill(parts[name])
+    own = {f"{name}.{key}" for name, module in made.items() for key in module.state_dict()}
+    others = {key: value for key, value in source.state_dict().items() if key not in own}
+    lost = set(model.load_state_dict(others, strict=False).missing_keys) - own
+    if lost:
+        raise RunError(f"quantize: {sorted(lost)[0]} has no weight; please report this")
+    if source.can_generate():
+        model.generation_config = source.generation_config
+    model.set_ragged(source._ragged)
+    return model
+
+
+def _largest_inputs(finished: Finished, count: int) -> dict[str, torch.Tensor]:
+    """Layer -> the largest absolute value of each of its input features on rows of train: (in_features,)."""
+    recipe, task, model = finished.recipe, finished.task, finished.model
+    seed = recipe.train.get("seed", 42)
+    splits = load_splits(recipe.data, task.roles, seed, finished.labels, task.labels)
+    train: Any = splits.train
+    if train is None or not count or not hasattr(train, "select"):
+        raise UserError("quantize: smooth-int8 reads rows of train, and there are none; use dynamic-int8")
+    rows, _ = encoded(train.select(range(min(count, len(train)))), recipe, task, finished.processor, seed)
+    if not len(rows):
+        raise UserError("quantize: smooth-int8 reads rows of train, and all are empty; use dynamic-int8")
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module, args):
+            seen = args[0].detach().abs().flatten(0, -2).amax(0)
+            found[name] = torch.maximum(found[name], seen) if name in found else seen
+
+        return hook
+
+    layers = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in layers]
+    collate = collate_of(finished)
+    try:
+        with torch.no_grad():
+            for number in tqdm(range(len(rows)), desc="Calibrating", unit="row"):
+                model.eval()(**_given(finished, collate([rows[number]])))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _by_library(finished: Finished, method: str) -> tuple[Any, str]:
+    section = LIBRARIES[method]
+    if "torchao" in section and importlib.util.find_spec("torchao") is None:
+        raise UserError("quantize: torchao is not installed; pip install 'transformer-zoo[torchao]'")
+    if "torchao" in section and has_variant(finished.model):
+        raise UserError("quantize: torchao-int8 is of official classes, and this model has attention or blocks of ours")
+    implementation = "native" if has_variant(finished.model) else "official"
+    opened = finished.recipe.model.model_copy(
+        update={
+            "path": str(finished.directory.resolve()), "implementation": implementation, "config": {},
+            "added_tokens": [], **dict.fromkeys(("size", "tokenizer", "revision", "block")),
+        }
+    )  # fmt: skip
+    task = finished.task
+    model = load_model(opened, task.auto_class, finished.labels, task.problem_type, quantize=section)
+    return model, implementation
+
+
+def _batches(finished: Finished) -> Iterator[dict[str, Any]]:
+    """Of the rows that the run was tested on; one text a batch where text is written."""
+    _, rows = tested_rows(finished)
+    writes = TASK_TYPES[finished.task.name].generates
+    size = 1 if writes else int(finished.recipe.train.get("per_device_eval_batch_size", 8))
+    collate = collate_of(finished)
+    for start in range(0, len(rows), size):
+        batch = collate([rows[number] for number in range(start, min(start + size, len(rows)))])
+        yield _given(finished, batch)
+
+
+def _given(finished: Finished, batch: dict[str, Any]) -> dict[str, Any]:
+    found = {name: x for name, x in batch.items() if name != "row"}
+    # of several texts a row, which learn from each other
+    return {name: x.flatten(0, 1) for name, x in found.items()} if finished.task.learn is not None else found
+
+
+@torch.no_grad()
+def _outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    told = model(**{name: x.to(model.device) for name, x in batch.items()})
+    return torch.cat([x.float().flatten().cpu() for x in told.values() if isinstance(x, torch.Tensor)])
+
+
+def _check_reopened(finished: Finished, model: Any, batch: dict[str, Any]) -> None:
+    """Raises RunError unless the model computes the same when it is saved and opened."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        again = type(model).from_pretrained(scratch, dtype=torch.float32).eval()
+        fence(again)
+        if isinstance(again, ZooPreTrainedModel):
+            again.set_ragged(model._ragged)
+        ours, theirs = _outputs(model, batch), _outputs(again, batch)
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+        raise RunError("quantize: opened again, the model computes something else; please report this")
+
+
+def _speed(models: dict[str, Any], finished: Finished, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens a second, one text at a time, of what writes; samples a second of the rest."""
+    writes = TASK_TYPES[finished.task.name].generates
+    turn = _write if writes else _read
+    turns: list[dict[str, float]] = []
+    with tqdm(total=ROUNDS + 1, desc="Measuring", unit="round") as bar:
+        for number in range(ROUNDS + 1):
+            names = list(models) if number % 2 else list(models)[::-1]
+            rates = {name: turn(models[name], batches) for name in names}
+            # the first is a warm-up
+            turns += [rates] if number else []
+            bar.update()
+    medians = {name: statistics.median(one[name] for one in turns) for name in models}
+    ratio = statistics.median(one["after"] / one["before"] for one in turns)
+    return {**medians, "ratio": ratio, "unit": "tokens" if writes else "samples"}
+
+
+def _read(model: Any, batches: list[dict[str, Any]]) -> float:
+    start = time.perf_counter()
+    for batch in batches:
+        _outputs(model, batch)
+    return sum(len(next(iter(batch.values()))) for batch in batches) / (time.perf_counter() - start)
+
+
+def _write(model: Any, batches: list[dict[str, Any]]) -> float:
+    positions = getattr(model.config, "n_positions", None) or 512
+    settings = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )  # fmt: skip
+    prompt = batches[0]["input_ids"][:, : max(1, min(64, positions - NEW_TOKENS))].to(model.device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    return NEW_TOKENS / (time.perf_counter() - start)
+
+
+def _bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir() if file.suffix in WEIGHT_BYTES)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = ["| | before | after |", "|---|---|---|"]
+    for name in report["after"]:
+        if name not in ("bytes", "per_second"):
+            cells = [report[side].get(name) for side in ("before", "after")]
+            lines.append(f"| {name} | " + " | ".join("" if x is None else f"{x:.4f}" for x in cells) + " |")
+    size = [report[side]["bytes"] / 2**20 for side in ("before", "after")]
+    rate = [report[side]["per_second"] for side in ("before", "after")]
+    lines.append(f"| weights, MiB | {size[0]:.1f} | {size[1]:.1f} |")
+    lines.append(f"| {report['unit']} a second | {rate[0]:.1f} | {rate[1]:.1f} (**{report['ratio']:.2f}x**) |")
+    return "\n".join(lines)
