@@ -21,8 +21,8 @@ LAYERS = [
     {"data_sections"},
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
     {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples", "finetuning"}
-    | {"packed_rows", "quantized"},
-    {"fresh", "roles"},
+    | {"packed_rows"},
+    {"fresh", "roles", "quantized"},
     {"streaming"},
     {"loading", "data", "tasks"},
     {"step_loss", "distillation", "adapters"},

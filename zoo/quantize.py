@@ -4,7 +4,6 @@
 code; the others are the libraries' own, of the official class where there is one, and open by `from_pretrained` alone.
 """
 
-import copy
 import importlib.util
 import itertools
 import statistics
@@ -33,9 +32,8 @@ from zoo.model_directory import (
     read_metrics,
     tested_rows,
 )
-from zoo.models.int8 import Int8Embedding, Int8Linear
 from zoo.models.pretrained import ZooPreTrainedModel
-from zoo.quantized import WEIGHT_BYTES, fence
+from zoo.quantized import WEIGHT_BYTES, fence, int8_model
 from zoo.task_types import TASK_TYPES
 
 INT8 = {"dynamic-int8": "dynamic", "smooth-int8": "smooth"}
@@ -85,28 +83,8 @@ def _int8(finished: Finished, method: str, calibrate: int) -> nn.Module:
     """The same model with layers of 8 bits."""
     if not isinstance(finished.model, ZooPreTrainedModel):
         finished = open_finished(finished.directory, ["model.implementation=native"])
-    source: Any = finished.model
     way = INT8[method]
-    largest = _largest_inputs(finished, calibrate) if way == "smooth" else {}
-    config = copy.deepcopy(source.config)
-    config.int8 = way
-    model = type(source)._from_config(config, attn_implementation=source.config._attn_implementation)
-    made = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)}
-    parts = dict(source.named_modules())
-    for name, module in made.items():
-        if isinstance(module, Int8Linear):
-            module.fill(parts[name], largest.get(name))
-        else:
-            module.fill(parts[name])
-    own = {f"{name}.{key}" for name, module in made.items() for key in module.state_dict()}
-    others = {key: value for key, value in source.state_dict().items() if key not in own}
-    lost = set(model.load_state_dict(others, strict=False).missing_keys) - own
-    if lost:
-        raise RunError(f"quantize: {sorted(lost)[0]} has no weight; please report this")
-    if source.can_generate():
-        model.generation_config = source.generation_config
-    model.set_ragged(source._ragged)
-    return model
+    return int8_model(finished.model, way, _largest_inputs(finished, calibrate) if way == "smooth" else {})
 
 
 def _largest_inputs(finished: Finished, count: int) -> dict[str, torch.Tensor]:

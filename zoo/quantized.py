@@ -3,6 +3,7 @@
 Only the layers of the stacks are quantised: embeddings, heads and poolers stay as they are.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from zoo.errors import RunError, UserError
+from zoo.models.int8 import Int8Embedding, Int8Linear
 from zoo.weights import saved_tensors
 
 # relative error, over a tensor, that no right quantisation has: rounding to 8 bits is off by about 0.01, to 4 by 0.1
@@ -92,6 +94,29 @@ def check_learns(model: PreTrainedModel, path: str | None) -> None:
         )
 
 
+def int8_model(source: Any, way: str, largest: Mapping[str, torch.Tensor]) -> Any:
+    """The same native model with layers of 8 bits. way: of `models/int8.py`; largest: of layers' input features."""
+    config = copy.deepcopy(source.config)
+    config.int8 = way
+    model = type(source)._from_config(config, attn_implementation=source.config._attn_implementation)
+    made = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)}
+    parts = dict(source.named_modules())
+    for name, module in made.items():
+        if isinstance(module, Int8Linear):
+            module.fill(parts[name], largest.get(name))
+        else:
+            module.fill(parts[name])
+    own = {f"{name}.{key}" for name, module in made.items() for key in module.state_dict()}
+    others = {key: value for key, value in source.state_dict().items() if key not in own}
+    lost = set(model.load_state_dict(others, strict=False).missing_keys) - own
+    if lost:
+        raise RunError(f"quantize: {sorted(lost)[0]} has no weight; please report this")
+    if source.can_generate():
+        model.generation_config = source.generation_config
+    model.set_ragged(source._ragged)
+    return model.eval()
+
+
 def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose weights are quantised, by name."""
     import bitsandbytes
@@ -145,7 +170,10 @@ def assert_kept(model: PreTrainedModel, directory: Path) -> None:
     state, compared = model.state_dict(), 0
     for name, saved in saved_tensors(directory):
         ours = state.get(name)
-        if ours is None or not saved.is_floating_point() or saved.dtype != ours.dtype or saved.shape != ours.shape:
+        # torchao's weights are a type of tensor of its own
+        if type(ours) is not torch.Tensor or not saved.is_floating_point():
+            continue
+        if saved.dtype != ours.dtype or saved.shape != ours.shape:
             continue
         compared += 1
         if not torch.equal(saved, ours.detach().cpu()):

@@ -8,7 +8,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
 from zoo.models import int8
-from zoo.models.int8 import Int8Embedding, Int8Linear, rounded
+from zoo.models.int8 import Int8Linear, rounded
+from zoo.quantized import int8_model
 
 from .tiny import VOCAB, make_inputs, make_pair
 
@@ -17,18 +18,6 @@ MADE = {
     "distilbert": "DistilBertForTokenClassification", "gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration",
     "vit": "ViTForImageClassification",
 }  # fmt: skip
-
-
-def of_8_bits(source, way: str = "dynamic"):
-    config = copy.deepcopy(source.config)
-    config.int8 = way
-    model, parts = type(source)._from_config(config), dict(source.named_modules())
-    made = {name: x for name, x in model.named_modules() if isinstance(x, Int8Linear | Int8Embedding)}
-    for name, module in made.items():
-        module.fill(parts[name])
-    own = {f"{name}.{key}" for name, module in made.items() for key in module.state_dict()}
-    model.load_state_dict({key: x for key, x in source.state_dict().items() if key not in own}, strict=False)
-    return model.eval()
 
 
 def test_no_weight_moves_by_more_than_its_row_allows():
@@ -76,7 +65,7 @@ def test_smoothing_leaves_steps_for_the_small_features():
 def test_a_model_is_near_and_opens_again(family, tmp_path):
     _, source = make_pair(family, MADE[family], tmp_path / "source")
     source.eval()
-    model, inputs = of_8_bits(source), make_inputs(family, MADE[family])
+    model, inputs = int8_model(source, "dynamic", {}), make_inputs(family, MADE[family])
     with torch.no_grad():
         expected, found = source(**inputs).logits, model(**inputs).logits
     assert 0 < (found - expected).norm() < 0.1 * expected.norm()
@@ -94,7 +83,7 @@ def test_a_model_is_near_and_opens_again(family, tmp_path):
 def test_tied_tables_stay_one(tmp_path):
     _, source = make_pair("gpt2", MADE["gpt2"], tmp_path / "source")
     for way in int8.WAYS:
-        of_8_bits(source, way).save_pretrained(tmp_path / way)
+        int8_model(source, way, {}).save_pretrained(tmp_path / way)
         model = type(source).from_pretrained(tmp_path / way)
         head, table = model.lm_head, model.transformer.wte
         assert head.weight is table.weight and head.scale is table.scale and head.smooth is None
@@ -103,7 +92,7 @@ def test_tied_tables_stay_one(tmp_path):
 
 def test_it_writes_and_copies_and_does_not_learn(tmp_path):
     _, source = make_pair("gpt2", MADE["gpt2"], tmp_path)
-    model, ids = of_8_bits(source), torch.randint(3, VOCAB, (2, 5))
+    model, ids = int8_model(source, "dynamic", {}), torch.randint(3, VOCAB, (2, 5))
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     again = copy.deepcopy(model).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     assert written.shape == (2, 11) and torch.equal(written, again)

@@ -1,6 +1,7 @@
 """Writing text token by token: the native class against the official one, and the floor of its matrix products alone.
 
-Both sides have the same random weights and the same prompts, and write the same tokens; a round is one turn of each.
+Both sides have the same random weights and the same prompts, and write the same tokens; a round is one turn of each. A
+third is the native class with weights of 8 bits (`zoo quantize --method dynamic-int8`), whose tokens may be others.
 """
 
 import statistics
@@ -19,9 +20,12 @@ from zoo.bench.training import SIDES, accelerator_name, device, now
 from zoo.errors import RunError, UserError
 from zoo.fresh import fresh_config
 from zoo.loading import native_class
+from zoo.quantized import int8_model
 from zoo.sizes import SIZES
 
 AUTO = {"gpt2": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM"}
+INT8 = "int8"
+ALL = (*SIDES, INT8)
 RAGGED = (16, 24, 32, 48, 64, 96, 112, 128)
 
 
@@ -63,19 +67,22 @@ def _measured(family: str, case: Case, rounds: int, new_tokens: int, bar: tqdm) 
     written = {}
     for number in range(rounds):
         turn = {}
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+        for side in ALL if number % 2 == 0 else ALL[::-1]:
             turn[side], written[side] = _turn(sides[side], inputs, new_tokens)
         turns.append(turn | {"floor": _floor(sides["official"], len(case.prompts))})
         bar.update()
     if not torch.equal(written["native"], written["official"]):
         raise RunError(f"bench: {case.words}: the two sides have written different tokens; please report this")
     ratios = [turn["official"] / turn["native"] for turn in turns]
-    milliseconds = {name: 1000 * statistics.median(turn[name] for turn in turns) for name in (*SIDES, "floor")}
+    of_int8 = [turn["official"] / turn[INT8] for turn in turns]
+    milliseconds = {name: 1000 * statistics.median(turn[name] for turn in turns) for name in (*ALL, "floor")}
     return {
         "case": case.words,
         "milliseconds_a_step": milliseconds,
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
+        "int8_ratio": statistics.median(of_int8),
+        "int8_ratio_range": [min(of_int8), max(of_int8)],
     }
 
 
@@ -89,7 +96,9 @@ def _sides(family: str, case: Case) -> dict[str, PreTrainedModel]:
     with tempfile.TemporaryDirectory() as directory:
         official.save_pretrained(directory)
         opened = native_class(family, family, AUTO[family]).from_pretrained(directory, dtype=torch.float32)
-    return {"native": opened.eval().to(device()), "official": official.to(device())}
+    small = int8_model(opened.eval(), "dynamic", {})
+    opened.to(device())  # type: ignore[arg-type]
+    return {"native": opened, "official": official.to(device()), INT8: small.to(device())}
 
 
 def _prompts(case: Case, vocabulary: int, left: bool) -> dict[str, torch.Tensor]:
@@ -140,12 +149,18 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown, as docs/performance.md shows it."""
     place = f", {result['accelerator']}" if "accelerator" in result else ""
     lines = [f"greedy, {result['new_tokens']} new tokens, fp32{place}; median of {result['rounds']} rounds", ""]
-    lines.append("| what | native ms a step | official ms a step | their matrix products alone | ratio (range) |")
-    lines.append("|---|---|---|---|---|")
+    lines.append(
+        "| what | native ms a step | official ms a step | their matrix products alone | ratio (range) | int8 ms a step "
+        "| ratio to official (range) |"
+    )
+    lines.append("|---|---|---|---|---|---|---|")
     for entry in result["results"]:
-        times, (low, high) = entry["milliseconds_a_step"], entry["ratio_range"]
+        times, (low, high), (small, large) = (
+            entry[key] for key in ("milliseconds_a_step", "ratio_range", "int8_ratio_range")
+        )
         lines.append(
             f"| {entry['case']} | {times['native']:.1f} | {times['official']:.1f} | {times['floor']:.1f} | "
-            f"**{entry['ratio']:.2f}** ({low:.2f}-{high:.2f}) |"
+            f"**{entry['ratio']:.2f}** ({low:.2f}-{high:.2f}) | {times[INT8]:.1f} | "
+            f"**{entry['int8_ratio']:.2f}** ({small:.2f}-{large:.2f}) |"
         )
     return "\n".join(lines)
