@@ -63,6 +63,7 @@ OPENERS = {
     "transplant",
     "adapters",
     "quantize",
+    "quantized",
 }
 NEIGHBOURS = {
     "library_schema": {"sources"},
