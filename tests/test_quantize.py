@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import multiprocessing
+import resource
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tests.commands import zoo
 from tests.test_adapter_runs import SHORT, as_before, bases, writing_recipe  # noqa: F401 (a fixture)
 from tests.tiny_run import make_recipe
 from zoo import prediction, quantize
-from zoo.errors import UserError
+from zoo.errors import RunError, UserError
 from zoo.model_directory import open_finished
 from zoo.train import run
 
@@ -103,6 +105,39 @@ def test_what_is_not_quantised(topics, wide, r8, tmp_path):
     changes = {"quantize": {"load_in_8bit": True}, "lora": {"r": 2}}
     with pytest.raises(UserError, match="quantised already; remove the section quantize"):
         run(recipe.model_copy(update=changes), tmp_path / "trained")
+
+
+def _in_small_files(directory, target, largest: int, answer) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    try:
+        quantize.run(directory, "dynamic-int8", target)
+    except RunError as error:
+        answer.put(str(error))
+
+
+@pytest.mark.parametrize("largest", [50_000, 2_000])
+def test_a_full_disk_leaves_nothing(topics, tmp_path, largest):
+    server = multiprocessing.get_context("forkserver")
+    answer = server.Queue()
+    process = server.Process(target=_in_small_files, args=(topics, tmp_path / "made", largest, answer))
+    process.start()
+    said = answer.get(timeout=120)
+    process.join()
+    assert "cannot be written" in said and "make room there, and try again" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_what_learns_on_a_quantised_run(topics, r8, lora, tmp_path):
+    quantize.run(topics, "bnb-nf4", tmp_path / "base")
+    recipe = make_recipe(tmp_path / "base", r8, SHORT)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"implementation": "official"})})
+    if lora is None:
+        with pytest.raises(UserError, match="cannot perform fine-tuning on purely quantized models"):
+            run(recipe, tmp_path / "run")
+        return
+    run(recipe.model_copy(update={"lora": lora}), tmp_path / "run")
+    as_before(tmp_path / "run")
 
 
 def test_a_variant_keeps_its_attention(wide, r8, tmp_path):

@@ -23,7 +23,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, then: str = "continue with --resume") -> Iterator[None]:
     """Words for a full disk or a directory that is gone. torch and safetensors have their own errors for it."""
     try:
         yield
@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:
         # the libraries' own errors have no number, and are of a full disk
         another = isinstance(error, OSError) and error.errno not in (*_NO_ROOM, None)
         remedy = "see to it" if another else "make room there"
-        raise RunError(f"{path}: cannot be written: {cause}; {remedy}, and continue with --resume") from error
+        raise RunError(f"{path}: cannot be written: {cause}; {remedy}, and {then}") from error
 
 
 def mark_complete(directory: Path) -> None:

@@ -63,10 +63,11 @@ def save(
     metrics: Mapping[str, Any],
     output_dir: Path,
     extras: Mapping[str, str | bytes],
+    then: str = "continue with --resume",
 ) -> None:
     """Moves the finished files into place one by one; metrics.json, which says that the run is finished, is last.
 
-    extras: file name -> its content: the card, predictions, plots.
+    extras: file name -> its content: the card, predictions, plots. then: what to do once a full disk has room again.
     """
     for leftover in output_dir.glob(f"{NEW}*"):
         # of a run that was killed here; a link is somebody else's
@@ -77,7 +78,7 @@ def save(
     if isinstance(processor, PreTrainedTokenizerBase):
         # what transformers' pipelines cut at, given truncation=True
         processor.model_max_length = recipe.task.max_length
-    with writing(output_dir):
+    with writing(output_dir, then):
         new = Path(tempfile.mkdtemp(prefix=NEW, dir=output_dir))
         if isinstance(model, PeftModel):
             adapters.save(model, recipe.model, new)
@@ -91,10 +92,9 @@ def save(
                 (new / name).write_bytes(content)
             else:
                 write_text(new / name, content)
-        if getattr(model, "hf_quantizer", None) is not None:
-            assert_kept(model, new)  # type: ignore[arg-type]
-        elif not isinstance(model, PeftModel):
-            assert_same_weights(model, new, whole=True)
+        if not isinstance(model, PeftModel):
+            quantised = getattr(model, "hf_quantizer", None) is not None
+            assert_kept(model, new) if quantised else assert_same_weights(model, new, whole=True)
         for file in sorted(file for file in new.rglob("*") if file.is_file()):
             target = output_dir / file.relative_to(new)
             target.parent.mkdir(exist_ok=True)

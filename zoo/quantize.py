@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from zoo import stages
+from zoo.checkpoints import writing
 from zoo.data import load_splits
 from zoo.encoding import encoded
 from zoo.errors import RunError, UserError
@@ -164,7 +165,8 @@ def _outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def _check_reopened(finished: Finished, model: Any, batch: dict[str, Any]) -> None:
     """Raises RunError unless the model computes the same when it is saved and opened."""
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
+        with writing(Path(scratch), "try again; TMPDIR names another place"):
+            model.save_pretrained(scratch)
         again = type(model).from_pretrained(scratch, dtype=torch.float32).eval()
         fence(again)
         if isinstance(again, ZooPreTrainedModel):
