@@ -23,6 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
 from zoo.errors import UserError, did_you_mean
 from zoo.files import write_json
+from zoo.models.linear import FastLinear
 from zoo.models.pretrained import ZooPreTrainedModel, is_standard
 from zoo.sections import ModelSection
 from zoo.weights import assert_same_adapter, saved_tensors
@@ -67,6 +68,7 @@ def adapt(model: PreTrainedModel, section: Mapping[str, Any], task: str) -> Peft
             _check_targets(model, config)
         with _quiet():
             adapted = get_peft_model(model, config)
+        _quicken(adapted)
     except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"lora: refused by peft: {' '.join(str(error).split())[:300]}") from error
     return adapted
@@ -221,8 +223,17 @@ def open_adapter(base: PreTrainedModel | PeftModel, section: ModelSection, direc
                 model = PeftModel.from_pretrained(base, str(directory), name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{directory}: its adapter does not fit {section.path}: {error}") from error
+    _quicken(model)
     assert_same_adapter(model, directory)
     return model
+
+
+def _quicken(model: PeftModel) -> None:
+    """Layers within adapters are called by peft: of a native model, by the library that multiplies them outside too."""
+    if isinstance(model.get_base_model(), ZooPreTrainedModel):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FastLinear
 
 
 def activate(model: PeftModel, name: str, directory: Path, labels: list[str]) -> None:

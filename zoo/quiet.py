@@ -10,6 +10,9 @@ def quiet_libraries() -> None:
     would have.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # peft imports torchao where it is installed, which misses libraries of GPUs and has what torch will no longer want
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

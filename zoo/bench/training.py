@@ -25,6 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
+from zoo import adapters
 from zoo.bench.settings import Setting
 from zoo.data import load_splits
 from zoo.encoding import encoded
@@ -86,6 +87,8 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"bench: {recipe.task.type} is not measured; there are {', '.join(COUNTED_TASKS)}")
     if recipe.train.get("use_cpu") and device().type != "cpu":
         raise UserError("bench: train.use_cpu: both sides run where a Trainer puts them; remove the key")
+    if recipe.lora.get("target_modules"):
+        raise UserError("bench: lora.target_modules: the classes have other names for them; remove the key")
 
 
 def _start(recipe: Recipe, directory: str) -> Recipe:
@@ -259,7 +262,12 @@ def _trainer(
     sized = recipe.model_copy(update={"train": recipe.train | changes, "model": model_section})
     set_seed(seed)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(None):
-        model = load_model(sized.model, subject.task.auto_class, subject.labels, subject.task.problem_type)
+        task = subject.task
+        model: Any = load_model(
+            sized.model, task.auto_class, subject.labels, task.problem_type, quantize=sized.quantize
+        )
+        if sized.lora:
+            model = adapters.adapt(model, sized.lora, task.name)
         if not (dropout and subject.dropout):
             without_dropout(model)
         subject.task.check(sized.task, model)

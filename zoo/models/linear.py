@@ -17,7 +17,8 @@ from transformers.utils.import_utils import is_tracing
 
 def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
     """Whether calling `layer` does no more than its weight and bias say."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer):  # accelerate patches the forward of offloaded layers
+    # accelerate patches the forward of offloaded layers
+    if type(layer) not in (nn.Linear, FastLinear) or "forward" in vars(layer):
         return False
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return not any(hooks)
@@ -62,7 +63,16 @@ def linear(layer: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.T
             return _OneDnnLinear.apply(hidden_states, layer.weight, layer.bias)
         product = _OneDnnLinear.apply(hidden_states.flatten(0, -2), layer.weight, layer.bias)
         return product.view(*hidden_states.shape[:-1], -1)
+    if type(layer) is FastLinear:
+        return nn.functional.linear(hidden_states, layer.weight, layer.bias)
     return layer(hidden_states)
+
+
+class FastLinear(nn.Linear):
+    """A layer that others call as a module, such as the one within an adapter: by the faster library too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(self, x)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
