@@ -280,7 +280,7 @@ def test_a_new_config_has_the_official_defaults(family):
     assert {name: value for name, value in ours.items() if official.get(name, value) != value} == {
         "model_type": f"zoo_{family}"
     }
-    assert ours.keys() - official.keys() == {"attention", "attention_kwargs", "block", "cross_attention"}
+    assert ours.keys() - official.keys() == {"attention", "attention_kwargs", "block", "cross_attention", "int8"}
 
 
 AUTOS = {
