@@ -1,18 +1,21 @@
 """`zoo quantize`: a finished run in, one with fewer bits out, which measures and answers; and what is refused."""
 
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import resource
+from typing import get_args
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
+import cli
 from tests.commands import zoo
 from tests.test_adapter_runs import SHORT, as_before, bases, writing_recipe  # noqa: F401 (a fixture)
 from tests.tiny_run import make_recipe
-from zoo import prediction, quantize
+from zoo import merging, prediction, quantize
 from zoo.errors import RunError, UserError
 from zoo.model_directory import open_finished
 from zoo.train import run
@@ -75,6 +78,7 @@ def test_what_writes(base, task, bases, tmp_path):  # noqa: F811
 
 
 def test_the_command(topics, tmp_path):
+    assert get_args(get_args(inspect.signature(cli.quantize).parameters["method"].annotation)[0]) == quantize.METHODS
     status, out, err = zoo("quantize", str(topics), "--output-dir", str(tmp_path / "made"), cwd=tmp_path)
     assert status == 0, err
     assert "| test_loss |" in out and "| weights, MiB |" in out and "| samples a second |" in out
@@ -140,6 +144,8 @@ def test_what_learns_on_a_quantised_run(topics, r8, lora, tmp_path):
         return
     run(recipe.model_copy(update={"lora": lora}), tmp_path / "run")
     as_before(tmp_path / "run")
+    with pytest.raises(UserError, match="is quantised; train on the run that it was made of"):
+        merging.run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_variant_keeps_its_attention(wide, r8, tmp_path):

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zoo.adapter_types import BASE, CONFIG, WEIGHTS
 from zoo.errors import UserError
-
-CONFIG, BASE, WEIGHTS = "adapter_config.json", "base.json", "adapter_model.safetensors"
 
 
 def run(directory: Path) -> list[dict[str, Any]]:

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.utils import CONFIG_NAME as CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
-from zoo.adapters import BASE
+from zoo.adapter_types import ADAPTER_TYPES, BASE, CONFIG, DEFAULT_TYPE, WEIGHTS
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
 from zoo.loading import load_model

@@ -15,6 +15,8 @@ class AdapterType:
     prompts: bool = False
 
 
+# of a run's directory: peft's config and weights, and which base they belong to
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 DEFAULT_TYPE = "lora"
 ADAPTER_TYPES = {
     "lora": AdapterType("tuners.lora.config", "LoraConfig"),

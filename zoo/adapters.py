@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from zoo.adapter_types import ADAPTER_TYPES, DEFAULT_TYPE
+from zoo.adapter_types import ADAPTER_TYPES, BASE, DEFAULT_TYPE
 from zoo.errors import UserError, did_you_mean
 from zoo.files import write_json
 from zoo.models.linear import FastLinear
@@ -28,7 +28,6 @@ from zoo.models.pretrained import ZooPreTrainedModel, is_standard
 from zoo.sections import ModelSection
 from zoo.weights import assert_same_adapter, saved_tensors
 
-BASE = "base.json"
 # what peft calls a task; of others it knows no head, and its form for questions (QUESTION_ANS) loses the segments that
 # tell question and context apart
 TASK_KINDS = {

@@ -13,11 +13,11 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from zoo.adapter_types import CONFIG, WEIGHTS
 from zoo.errors import RunError, UserError
 from zoo.hub_errors import hub_failure
 from zoo.model_directory import check_finished
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # of a pickle nobody knows what it does when it is opened
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _AGAIN = "nothing is committed, push again"
@@ -97,7 +97,7 @@ def _api() -> HfApi:
 
 def contents(directory: Path) -> list[Path]:
     """What is pushed of a finished run, or of a directory with an adapter. Raises UserError."""
-    adapter = all((directory / name).is_file() for name in ADAPTER)
+    adapter = all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
     if not adapter:
         check_finished(directory)
     # and what sentence-transformers knows of its modules, in folders with a number

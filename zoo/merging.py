@@ -4,7 +4,8 @@ To merge, the base is opened at full width, also where the adapter was trained o
 weights is rounded too.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from zoo.model_directory import (
     ADAPTER,
     Finished,
     check_free,
-    collate_of,
     open_beside,
     open_finished,
     read_metrics,
@@ -47,10 +47,12 @@ def run(directory: Path, output_dir: Path, texts: int = 64, bound: float = BOUND
     kind = recipe.lora.get("type", DEFAULT_TYPE)
     if ADAPTER_TYPES[kind].prompts:
         raise UserError(f"{directory}: {kind} changes no layer, so there is nothing to merge")
-    batches = list(_batches(finished, texts))
+    batches = list(itertools.islice(stages.batches(finished, tested_rows(finished)[1], 1), texts))
     report: dict[str, Any] = {"texts": len(batches)}
     rounded = _outputs(finished.model, batches) if recipe.quantize else None
     whole = open_finished(directory, ["quantize={}"]).model if recipe.quantize else finished.model
+    if getattr(whole.get_base_model(), "is_quantized", False):
+        raise UserError(f"{directory}: its base {recipe.model.path} is quantised; train on the run that it was made of")
     before = _outputs(whole, batches)
     merged = whole.merge_and_unload(safe_merge=True)
     after = _outputs(merged, batches)
@@ -95,7 +97,7 @@ def combine(
         raise UserError(f"{directories[0]}: has no adapter; it is a whole model")
     opened = [first, *(open_beside(first, other, f"adapter_{n}") for n, other in enumerate(directories[1:], 1))]
     for one in opened:
-        _check_sum(one)
+        _check_has_a_sum(one)
     model, kept = first.model, ADAPTER
     # of the config of the first, which the sum inherits: its own scales are those that it was opened with
     model.peft_config[kept].use_rslora, model.peft_config[kept].init_lora_weights = False, True
@@ -104,7 +106,7 @@ def combine(
             [one.adapter for one in opened], list(weights), "sum", combination_type, density=density
         )
         if combination_type == "cat":
-            _check_summed(model, dict(zip([one.adapter for one in opened], weights, strict=True)), "sum")
+            _check_is_the_sum(model, dict(zip([one.adapter for one in opened], weights, strict=True)), "sum")
         for one in opened:
             model.delete_adapter(one.adapter)
         # by the name of what lies in the directory itself
@@ -123,7 +125,7 @@ def combine(
     return {"r": config.r, **metrics}
 
 
-def _check_sum(one: Finished) -> None:
+def _check_has_a_sum(one: Finished) -> None:
     """Raises UserError for an adapter that is no plain product of two matrices."""
     config = one.model.peft_config[one.adapter]
     what = None
@@ -137,7 +139,7 @@ def _check_sum(one: Finished) -> None:
         raise UserError(f"{one.directory}: {what}; only LoRA adapters are combined")
 
 
-def _check_summed(model: Any, weights: dict[str, float], summed: str) -> None:
+def _check_is_the_sum(model: Any, weights: dict[str, float], summed: str) -> None:
     """Raises RunError unless the change of each layer is the weighted sum of the changes."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or summed not in module.lora_A:
@@ -149,25 +151,11 @@ def _check_summed(model: Any, weights: dict[str, float], summed: str) -> None:
             raise RunError(f"adapters combine: {name} is off by {off:.2g} of the sum; please report this")
 
 
-def _batches(finished: Finished, texts: int) -> Iterator[dict[str, Any]]:
-    """One row each, as the model reads it."""
-    (_, rows), collate, task = tested_rows(finished), collate_of(finished), finished.task
-    for number in range(min(texts, len(rows))):
-        batch = {name: x for name, x in collate([rows[number]]).items() if name != "row"}
-        # of several texts a row, which learn from each other
-        yield {name: x.flatten(0, 1) for name, x in batch.items()} if task.learn is not None else batch
-
-
 def _outputs(model: Any, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """All numbers that a model tells of each row."""
+    """Of each row."""
     model.eval()
-    found = []
-    with torch.no_grad():
-        for batch in tqdm(batches, desc="Merged" if not isinstance(model, PeftModel) else "Adapter", unit="row"):
-            # a quantised model is where there is an accelerator
-            told = model(**{name: x.to(model.device) for name, x in batch.items()})
-            found.append(torch.cat([x.float().flatten().cpu() for x in told.values() if isinstance(x, torch.Tensor)]))
-    return found
+    bar = tqdm(batches, desc="Merged" if not isinstance(model, PeftModel) else "Adapter", unit="row")
+    return [stages.outputs(model, batch) for batch in bar]
 
 
 def _difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:

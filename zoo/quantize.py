@@ -9,7 +9,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from zoo.loading import load_model
 from zoo.model_directory import (
     Finished,
     check_free,
-    collate_of,
     has_variant,
     open_finished,
     read_metrics,
@@ -64,10 +63,14 @@ def run(directory: Path, method: str, output_dir: Path, calibrate: int = 128) ->
     else:
         model, implementation = _by_library(finished, method)
     model.eval()
-    batches = list(itertools.islice(_batches(finished), BATCHES))
-    _check_reopened(finished, model, batches[0])
+    writes = TASK_TYPES[finished.task.name].generates
+    size = 1 if writes else int(finished.recipe.train.get("per_device_eval_batch_size", 8))
+    batches = list(itertools.islice(stages.batches(finished, tested_rows(finished)[1], size), BATCHES))
+    _check_reopened(model, batches[0])
     before, after = read_metrics(directory), stages.measured(finished, model)
-    speed = _speed({"before": finished.model, "after": model}, finished, batches)
+    # the measuring has moved it to an accelerator, if there is one
+    finished.model.eval().to(model.device)
+    speed = _speed({"before": finished.model, "after": model}, batches, writes)
     section = finished.recipe.model.model_copy(update={"implementation": implementation})
     recipe = finished.recipe.model_copy(update={"model": section})
     said = f"`zoo quantize --method {method}` of {finished.directory.name}; the results above are its own."
@@ -110,11 +113,10 @@ def _largest_inputs(finished: Finished, count: int) -> dict[str, torch.Tensor]:
 
     layers = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     hooks = [module.register_forward_pre_hook(keep(name)) for name, module in layers]
-    collate = collate_of(finished)
+    model.eval()
     try:
-        with torch.no_grad():
-            for number in tqdm(range(len(rows)), desc="Calibrating", unit="row"):
-                model.eval()(**_given(finished, collate([rows[number]])))
+        for batch in tqdm(stages.batches(finished, rows, 1), total=len(rows), desc="Calibrating", unit="row"):
+            stages.outputs(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -139,30 +141,7 @@ def _by_library(finished: Finished, method: str) -> tuple[Any, str]:
     return model, implementation
 
 
-def _batches(finished: Finished) -> Iterator[dict[str, Any]]:
-    """Of the rows that the run was tested on; one text a batch where text is written."""
-    _, rows = tested_rows(finished)
-    writes = TASK_TYPES[finished.task.name].generates
-    size = 1 if writes else int(finished.recipe.train.get("per_device_eval_batch_size", 8))
-    collate = collate_of(finished)
-    for start in range(0, len(rows), size):
-        batch = collate([rows[number] for number in range(start, min(start + size, len(rows)))])
-        yield _given(finished, batch)
-
-
-def _given(finished: Finished, batch: dict[str, Any]) -> dict[str, Any]:
-    found = {name: x for name, x in batch.items() if name != "row"}
-    # of several texts a row, which learn from each other
-    return {name: x.flatten(0, 1) for name, x in found.items()} if finished.task.learn is not None else found
-
-
-@torch.no_grad()
-def _outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    told = model(**{name: x.to(model.device) for name, x in batch.items()})
-    return torch.cat([x.float().flatten().cpu() for x in told.values() if isinstance(x, torch.Tensor)])
-
-
-def _check_reopened(finished: Finished, model: Any, batch: dict[str, Any]) -> None:
+def _check_reopened(model: Any, batch: dict[str, Any]) -> None:
     """Raises RunError unless the model computes the same when it is saved and opened."""
     with tempfile.TemporaryDirectory() as scratch:
         with writing(Path(scratch), "try again; TMPDIR names another place"):
@@ -171,14 +150,13 @@ def _check_reopened(finished: Finished, model: Any, batch: dict[str, Any]) -> No
         fence(again)
         if isinstance(again, ZooPreTrainedModel):
             again.set_ragged(model._ragged)
-        ours, theirs = _outputs(model, batch), _outputs(again, batch)
+        ours, theirs = stages.outputs(model, batch), stages.outputs(again, batch)
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         raise RunError("quantize: opened again, the model computes something else; please report this")
 
 
-def _speed(models: dict[str, Any], finished: Finished, batches: list[dict[str, Any]]) -> dict[str, Any]:
+def _speed(models: dict[str, Any], batches: list[dict[str, Any]], writes: bool) -> dict[str, Any]:
     """Tokens a second, one text at a time, of what writes; samples a second of the rest."""
-    writes = TASK_TYPES[finished.task.name].generates
     turn = _write if writes else _read
     turns: list[dict[str, float]] = []
     with tqdm(total=ROUNDS + 1, desc="Measuring", unit="round") as bar:
@@ -196,7 +174,7 @@ def _speed(models: dict[str, Any], finished: Finished, batches: list[dict[str, A
 def _read(model: Any, batches: list[dict[str, Any]]) -> float:
     start = time.perf_counter()
     for batch in batches:
-        _outputs(model, batch)
+        stages.outputs(model, batch)
     return sum(len(next(iter(batch.values()))) for batch in batches) / (time.perf_counter() - start)
 
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from zoo.errors import RunError, UserError
-from zoo.models.int8 import Int8Embedding, Int8Linear
+from zoo.models.int8 import Int8Embedding, Int8Linear, in_stack
 from zoo.weights import saved_tensors
 
 # relative error, over a tensor, that no right quantisation has: rounding to 8 bits is off by about 0.01, to 4 by 0.1
@@ -47,7 +47,7 @@ def quantisation(section: Mapping[str, Any], make: Callable[[], PreTrainedModel]
     for name, module in model.named_modules():
         if type(module) is not nn.Linear and not isinstance(module, Conv1D):
             continue
-        if not _in_stack(name):
+        if not in_stack(name):
             outside.append(name)
         elif config.load_in_4bit:
             outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
@@ -65,14 +65,10 @@ def _of_torchao(name: str, make: Callable[[], PreTrainedModel]) -> TorchAoConfig
 
     with torch.device("meta"):
         model = make()
-    outside = [n for n, module in model.named_modules() if type(module) is nn.Linear and not _in_stack(n)]
-    if not any(type(module) is nn.Linear and _in_stack(n) for n, module in model.named_modules()):
+    outside = [n for n, module in model.named_modules() if type(module) is nn.Linear and not in_stack(n)]
+    if not any(type(module) is nn.Linear and in_stack(n) for n, module in model.named_modules()):
         raise UserError(f"quantize: torchao knows no layer of {type(model).__name__}; use dynamic-int8")
     return TorchAoConfig(getattr(torchao.quantization, name)(), modules_to_not_convert=outside)
-
-
-def _in_stack(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
 
 
 def fence(model: PreTrainedModel) -> None:

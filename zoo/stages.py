@@ -1,19 +1,39 @@
-"""What stages share that make one finished run of another: its model measured anew, and written like the first."""
+"""What stages share that make a finished run of another: batches, outputs and metrics of its model, and its writing."""
 
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from zoo import train
 from zoo.card import card
 from zoo.checkpoints import writing
 from zoo.files import write_text
-from zoo.model_directory import RECIPE, Finished, has_variant, save, tested_rows
+from zoo.model_directory import RECIPE, Finished, collate_of, has_variant, save, tested_rows
 from zoo.recipe import Recipe
 
 _TIMED = ("_runtime", "per_second", "epoch", "_preparation_time")
+
+
+def batches(finished: Finished, rows: Any, size: int) -> Iterator[dict[str, Any]]:
+    """Encoded rows as the model takes them, `size` at a time."""
+    collate = collate_of(finished)
+    for start in range(0, len(rows), size):
+        batch = collate([rows[number] for number in range(start, min(start + size, len(rows)))])
+        given = {name: x for name, x in batch.items() if name != "row"}
+        # of several texts a row, which learn from each other
+        yield {name: x.flatten(0, 1) for name, x in given.items()} if finished.task.learn is not None else given
+
+
+@torch.no_grad()
+def outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """All numbers that a model tells of a batch, on the CPU: (numbers,). The batch goes where the model is."""
+    told = model(**{name: x.to(model.device) for name, x in batch.items()})
+    return torch.cat([x.float().flatten().cpu() for x in told.values() if isinstance(x, torch.Tensor)])
 
 
 def measured(finished: Finished, model: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from zoo.models import int8
 from zoo.models.int8 import Int8Linear, rounded
 from zoo.quantized import int8_model
 
-from .tiny import VOCAB, make_inputs, make_pair
+from .tiny import VOCAB, config_for, make_inputs, make_pair, native_class
 
 MADE = {
     "bert": "BertForSequenceClassification", "roberta": "RobertaForMaskedLM", "albert": "AlbertForMaskedLM",
@@ -78,6 +78,30 @@ def test_a_model_is_near_and_opens_again(family, tmp_path):
     assert Int8Linear in kinds and nn.Linear not in kinds
     with pytest.raises(ValueError, match="weights of 8 bits has no official form"):
         model.save_pretrained(tmp_path / "official", official=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block": {"norm": "rmsnorm", "norm_place": "pre", "feed_forward": "swiglu", "positions": "rotary"}},
+        {"block": {"positions": "alibi", "qk_norm": True, "num_key_value_heads": 2}},
+        {"attention": "linformer", "attention_kwargs": {"linformer": {"rank": 4}}},
+        {"attention": "performer", "attention_kwargs": {"performer": {"features": 16}}},
+        {"attention": ["full", "nystrom"], "attention_kwargs": {"nystrom": {"landmarks": 3}}},
+    ],
+    ids=str,
+)
+def test_blocks_and_kernels_stay(fields, tmp_path):
+    native = native_class("bert", MADE["bert"])
+    config = config_for("bert", MADE["bert"]).to_dict() | fields
+    source = native._from_config(native.config_class.from_dict(config | {"model_type": "zoo_bert"})).eval()
+    model, inputs = int8_model(source, "dynamic", {}), make_inputs("bert", MADE["bert"])
+    with torch.no_grad():
+        expected, found = source(**inputs).logits, model(**inputs).logits
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(native.from_pretrained(tmp_path).eval()(**inputs).logits, found)
 
 
 def test_tied_tables_stay_one(tmp_path):

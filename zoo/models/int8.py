@@ -100,6 +100,11 @@ class Int8Embedding(nn.Module):
         return F.embedding(ids, self.weight) * F.embedding(ids, self.scale[:, None])
 
 
+def in_stack(name: str) -> bool:
+    """Whether a module of this name is in a numbered layer."""
+    return any(part.isdigit() for part in name.split("."))
+
+
 def use_int8(model: nn.Module, smooth: bool) -> dict[str, str]:
     """Puts layers of 8 bits, yet to be filled, in the place of the stacks', of the tokens' embeddings and of the layer
     that writes tokens. Returns what is tied besides the model's tied weights: their scales, target -> source.
@@ -110,7 +115,7 @@ def use_int8(model: nn.Module, smooth: bool) -> dict[str, str]:
         new: nn.Module | None = None
         if module is inputs and type(module) is nn.Embedding:
             new = Int8Embedding(*module.weight.shape)
-        elif type(module) is nn.Linear and (module is outputs or any(part.isdigit() for part in name.split("."))):
+        elif type(module) is nn.Linear and (module is outputs or in_stack(name)):
             # columns of what is a table of embeddings too are what they are
             smoothed = smooth and f"{name}.weight" not in tied
             new = Int8Linear(module.in_features, module.out_features, module.bias is not None, smoothed)
