@@ -94,6 +94,14 @@ def test_counts_are_those_of_the_formula(tmp_path):
     assert adapted.get_nb_trainable_parameters()[0] == 3 * (24 + 24 + 28)
 
 
+def test_a_key_that_is_null_is_left_out(tmp_path):
+    learned = set()
+    for section in ({"r": 3}, {"r": 3, "target_modules": None}):
+        adapted = adapters.adapt(model_of("bert", "native", tmp_path), section, "text-classification")
+        learned.add(adapters.learned(adapted))
+    assert len(learned) == 1 and "beside q_proj, v_proj" in learned.pop()
+
+
 def test_published_counts():
     """GPT-3 with r = 1 on queries and values: the paper's 4.7M; RoBERTa base with r = 8: its 0.3M (table 2)."""
     for size, rank, expected in (("gpt3-175b", 1, 4_718_592), ("roberta-base", 8, 294_912)):

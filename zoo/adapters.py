@@ -52,7 +52,8 @@ def adapt(model: PreTrainedModel, section: Mapping[str, Any], task: str) -> Peft
     section: a recipe's `lora`. Raises UserError for what this model, or the task, cannot be adapted by.
     """
     kind = section.get("type", DEFAULT_TYPE)
-    given = {key: value for key, value in section.items() if key != "type"}
+    # a key that is null is one that is not there, also where a recipe takes back what its base has said
+    given = {key: value for key, value in section.items() if key != "type" and value is not None}
     prompts = ADAPTER_TYPES[kind].prompts
     if prompts:
         _check_prompts(model, kind, task)
