@@ -117,10 +117,11 @@ def test_a_step_is_the_same_however_it_is_divided(teacher, tiny_bert, r8, tmp_pa
     assert apart < 1e-6 < 1e-4 < moved, (apart, moved)
 
 
-def test_what_is_evaluated_is_the_task_alone(teacher, tiny_bert, r8, tmp_path):
+@pytest.mark.parametrize("lora", [{}, {"r": 4}], ids=["whole", "adapter"])
+def test_what_is_evaluated_is_the_task_alone(lora, teacher, tiny_bert, r8, tmp_path):
     recipe = make_recipe(tiny_bert, r8, {"max_steps": 4, "eval_steps": 4, "save_steps": 4})
     section = DistillSection(teacher=str(teacher), logits=50.0)
-    metrics = run(recipe.model_copy(update={"distill": section}), tmp_path / "run")
+    metrics = run(recipe.model_copy(update={"distill": section, "lora": lora}), tmp_path / "run")
     assert metrics["train_loss"] > metrics["eval_loss"] and 0.9 < metrics["eval_loss"] < 1.3
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import zoo.evaluation
 from tests.tiny_run import SAVE, SERVER, STEPS, checkpoints, differing, events, make_recipe, weights, without_time
@@ -119,6 +120,24 @@ def test_an_interrupted_run_saves_its_step(recipe, tmp_path, monkeypatch, at, nu
     whole = tmp_path.parent / "by-epoch"
     assert without_time(metrics) == without_time(json.loads((whole / "metrics.json").read_text()))
     assert differing(weights(tmp_path / "run"), weights(whole)) == []
+
+
+def test_an_optimizer_of_8_bits_goes_on_where_it_was(tiny_bert, r8, tmp_path):
+    config = {"model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config |= {"num_hidden_layers": 1}
+    wide = {"path": None, "config": config, "tokenizer": str(tiny_bert)}
+    recipe = make_recipe(tiny_bert, r8, {"optim": "adamw_bnb_8bit", "max_steps": 2 * SAVE}, **wide)
+    run(recipe, tmp_path / "whole")
+    state = torch.load(checkpoints(tmp_path / "whole")[SAVE] / "optimizer.pt", weights_only=True)["state"]
+    # tensors of less than 4,096 values keep moments of 32 bits
+    assert {one["__bnb_optimizer_quant_state__"]["state1"].dtype for one in state.values()} == {
+        torch.uint8, torch.float32,
+    }  # fmt: skip
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / "metrics.json").unlink()
+    shutil.rmtree(checkpoints(tmp_path / "half")[2 * SAVE])
+    run(recipe, tmp_path / "half", resume=True)
+    assert differing(weights(tmp_path / "half"), weights(tmp_path / "whole")) == []
 
 
 def test_half_a_line_of_events_is_taken_back(recipe, tmp_path):

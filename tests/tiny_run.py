@@ -41,7 +41,7 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 
 
 def without_time(values: dict) -> dict:
-    timed = ("runtime", "per_second", "peak_memory_bytes")
+    timed = ("runtime", "per_second", "memory_bytes")
     return {name: value for name, value in values.items() if not name.endswith(timed)}
 
 

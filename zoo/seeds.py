@@ -16,7 +16,7 @@ from zoo.train import alone, check_directory
 from zoo.train import run as run_one
 
 CONFIDENCE = 0.95
-_OF_THE_MACHINE = ("runtime", "samples_per_second", "peak_memory_bytes")
+_OF_THE_MACHINE = ("runtime", "samples_per_second", "memory_bytes")
 
 
 def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:

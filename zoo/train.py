@@ -34,7 +34,7 @@ from zoo.errors import UserError, did_you_mean
 from zoo.event_log import EventLog
 from zoo.files import as_json, write_json, write_text
 from zoo.loading import Processor, fit_images, load_model, set_generation
-from zoo.memory import peak_memory_bytes, reset_peak_memory
+from zoo.memory import peak_accelerator_memory_bytes, peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.packed_rows import check_kept_apart
 from zoo.quantized import check_learns
@@ -144,6 +144,9 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
             by_row = by_rows(task, recipe, prediction, trainer.evaluated_rows)
             records = list(task.records(recipe.task, splits.labels, processor)(by_row))
     metrics["peak_memory_bytes"] = peak_memory_bytes()
+    on_accelerator = peak_accelerator_memory_bytes()
+    if on_accelerator is not None:
+        metrics["peak_accelerator_memory_bytes"] = on_accelerator
     # a step is a batch of any size, so their rate says nothing beside that of the samples
     metrics = {name: value for name, value in metrics.items() if not name.endswith(("_steps_per_second", "total_flos"))}
     if generation is not None:

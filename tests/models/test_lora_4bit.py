@@ -112,7 +112,7 @@ def quantised(cls, directory, skipped):
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=skipped,
     )
-    return cls.from_pretrained(directory, quantization_config=config).eval()
+    return cls.from_pretrained(directory, quantization_config=config, device_map="cpu").eval()
 
 
 def four_bit_layers(model):
@@ -147,7 +147,7 @@ def test_lora_on_nf4_trains_and_the_weights_reload(family, head, tmp_path):
     real = slice(None) if family != "gpt2" else inputs["attention_mask"].bool()
     logits = native(**inputs).logits
     native.save_pretrained(tmp_path / "nf4")
-    reloaded = native_class(family, head).from_pretrained(tmp_path / "nf4").eval()
+    reloaded = native_class(family, head).from_pretrained(tmp_path / "nf4", device_map="cpu").eval()
     assert four_bit_layers(reloaded) == four_bit_layers(native)
     assert_close(reloaded(**inputs).logits[real], logits[real], "reloaded")
     for model in (native, reloaded):

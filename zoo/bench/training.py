@@ -31,7 +31,7 @@ from zoo.data import load_splits
 from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.loading import fit_images, load_model, load_processor
-from zoo.memory import peak_memory_bytes
+from zoo.memory import peak_accelerator_memory_bytes, peak_memory_bytes
 from zoo.quiet import quiet_libraries
 from zoo.recipe import Recipe
 from zoo.samples import WithDraws
@@ -291,8 +291,7 @@ def _loss_difference(subject: Subject) -> float:
 def _peak_memory(setting: Setting, side: str) -> int:
     with _trainer(Subject(setting), side, 0, setting.probe_steps) as trainer:
         trainer.train()
-    module = torch.get_device_module(device())
-    return module.max_memory_allocated() if hasattr(module, "max_memory_allocated") else peak_memory_bytes()
+    return peak_accelerator_memory_bytes() or peak_memory_bytes()
 
 
 def _in_own_process(function, *arguments):
