@@ -46,7 +46,10 @@ def bases(tiny_bert, tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for split, count in (("train", 40), ("test", 8)):
-        rows = [{"text": text, "summary": " ".join(text.split()[:5])} for text, _ in read_r8(split, count)]
+        rows = [
+            {"text": text, "asked": text[:20], "summary": " ".join(text.split()[:5])}
+            for text, _ in read_r8(split, count)
+        ]
         write_jsonl(folder / f"{split}.jsonl", rows)
     return folder
 
@@ -54,11 +57,12 @@ def bases(tiny_bert, tmp_path_factory):
 def writing_recipe(base, data, task: dict, lora: dict) -> Recipe:
     arguments = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "learning_rate": 3e-2, "seed": 7}
     arguments |= {"eval_strategy": "steps", "load_best_model_at_end": True, "disable_tqdm": True}
-    files = {"train": "train.jsonl", "test": "test.jsonl"}
+    data_section = {"path": str(data), "files": {"train": "train.jsonl", "test": "test.jsonl"}, "validation": 0.2}
+    if task["type"] == "instruction-tuning":
+        data_section |= {"columns": {"prompt": "asked", "completion": "summary"}}
     fields = {
         "name": "tiny", "model": {"path": str(base)}, "task": task, "train": arguments | SHORT,
-        "data": {"path": str(data), "files": files, "validation": 0.2},
-        "lora": lora, "generate": {"max_new_tokens": 6},
+        "data": data_section, "lora": lora, "generate": {"max_new_tokens": 6},
     }  # fmt: skip
     return Recipe.model_validate(fields)
 
@@ -111,6 +115,8 @@ def test_loraplus_has_two_rates(tiny_bert, r8, tmp_path):
     [
         ("gpt", {"type": "text-generation", "max_length": 24}, {"type": "prefix_tuning", "num_virtual_tokens": 4}),
         ("t5", {"type": "summarization", "max_length": 32, "max_target_length": 8}, {"type": "ia3"}),
+        # the marks of a chat are tokens that the base lacks
+        ("gpt", {"type": "instruction-tuning", "max_length": 64}, {"r": 4}),
     ],
 )
 def test_what_writes_with_an_adapter(base, task, lora, bases, tmp_path):
@@ -118,7 +124,7 @@ def test_what_writes_with_an_adapter(base, task, lora, bases, tmp_path):
     as_before(tmp_path / "run")
     answers = [list(prediction.run(tmp_path / "run", ["profit rose"])) for _ in range(2)]
     assert answers[0] == answers[1] and answers[0][0]["predicted"] is not None
-    if lora["type"] == "prefix_tuning":
+    if lora.get("type") == "prefix_tuning":
         with pytest.raises(UserError, match="prefix_tuning changes no layer, so there is nothing to merge"):
             merging.run(tmp_path / "run", tmp_path / "whole")
     else:

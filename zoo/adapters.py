@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def adapt(model: PreTrainedModel, section: Mapping[str, Any], task: str) -> Peft
         with _quiet():
             adapted = get_peft_model(model, config)
         _quicken(adapted)
+        # tokens that the base lacked are embedded alike whenever it is opened: no part of the adapter
+        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
     except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"lora: refused by peft: {' '.join(str(error).split())[:300]}") from error
     return adapted
@@ -186,7 +189,6 @@ def save(model: PeftModel, section: ModelSection, directory: Path) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path, config.revision = section.path, section.revision
     base: Any = model.get_base_model()
-    # no new tokens, of which the library would look for the vocabulary of the base
     model.save_pretrained(str(directory), save_embedding_layers=False)
     official = isinstance(base, ZooPreTrainedModel) and is_standard(base.config)
     (base.official_config() if official else base.config).save_pretrained(directory)

@@ -139,13 +139,22 @@ def load_model(
     return model
 
 
+def _at_the_mean(model: PreTrainedModel, known: int) -> None:
+    """The rows behind `known` of both tables: the library would draw them near it, others each time it is opened."""
+    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    for one in dict.fromkeys(x for table in tables for x in (table.weight, getattr(table, "bias", None))):
+        if one is not None:
+            one.data[known:] = one.data[:known].mean(0)
+
+
 def _fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Embeddings for tokens that the checkpoint has not seen, at the mean of all others; what pads, in the config."""
     wanted, there = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if wanted > there:
         tied = _is_tied(model)
         # the output layer grows with it (Hewitt 2021: the mean leaves the distribution as it was)
-        model.resize_token_embeddings(wanted, mean_resizing=True)
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+        _at_the_mean(model, there)
         if _is_tied(model) != tied:
             # what the official T5 does to a head of v1.1
             raise UserError(

@@ -170,7 +170,9 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
         processor = load_processor(section, task.processor)
         labels = _labels(directory)
         base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
-        model = load_model(base, task.auto_class, labels, task.problem_type, quantize=recipe.quantize)
+        model = load_model(
+            base, task.auto_class, labels, task.problem_type, processor=processor, quantize=recipe.quantize
+        )
         fit_images(model, processor, recipe.task.image_size)
         adapted = adapters.open_adapter(model, base, directory, ADAPTER)
         finished = Finished(recipe, task, adapted, processor, labels, directory)
