@@ -71,7 +71,7 @@ def adapt(model: PreTrainedModel, section: Mapping[str, Any], task: str) -> Peft
             adapted = get_peft_model(model, config)
         _quicken(adapted)
         # tokens that the base lacked are embedded alike whenever it is opened: no part of the adapter
-        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
+        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"lora: refused by peft: {' '.join(str(error).split())[:300]}") from error
     return adapted

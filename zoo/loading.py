@@ -139,17 +139,20 @@ def load_model(
     return model
 
 
+@torch.no_grad()
 def _at_the_mean(model: PreTrainedModel, known: int) -> None:
     """The rows behind `known` of both tables: the library would draw them near it, others each time it is opened."""
-    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
-    for one in dict.fromkeys(x for table in tables for x in (table.weight, getattr(table, "bias", None))):
-        if one is not None:
-            one.data[known:] = one.data[:known].mean(0)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name in ("weight", "bias"):
+            rows: torch.Tensor | None = getattr(table, name, None)
+            if rows is not None:
+                rows[known:] = rows[:known].mean(0)
 
 
 def _fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Embeddings for tokens that the checkpoint has not seen, at the mean of all others; what pads, in the config."""
-    wanted, there = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    wanted = max(tokenizer.get_vocab().values()) + 1
+    there: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
     if wanted > there:
         tied = _is_tied(model)
         # the output layer grows with it (Hewitt 2021: the mean leaves the distribution as it was)
