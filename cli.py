@@ -209,7 +209,7 @@ def train(
         quiet_libraries()
         if smoke and output_dir is None and not resume:
             # one trial takes the place of another
-            from zoo.train import discard
+            from zoo.run_directory import discard
 
             discard(directory)
         if loaded.seeds:

@@ -28,7 +28,8 @@ LAYERS = [
     {"step_loss", "distillation", "adapters"},
     {"trainer", "tokenizer", "encoding", "event_log"},
     {"model_directory", "results", "environment", "card"},
-    {"hub"},
+    {"run_directory", "hub"},
+    {"building"},
     {
         "seeds",
         "train",
@@ -68,14 +69,10 @@ OPENERS = {
 NEIGHBOURS = {
     "library_schema": {"sources"},
     "recipe_loading": {"library_schema", "recipe_yaml", "recipe"},
-    "evaluation": {"train"},
-    "baselines": {"train"},
-    "preview": {"train"},
     "transplant": {"train", "stages"},
-    "stages": {"train"},
     "quantize": {"stages"},
     "seeds": {"train"},
-    "bench": {"train", "size_counts"},
+    "bench": {"size_counts"},
     "merging": {"stages"},
     "adapter_commands": {"merging", "adapter_names", "adapter_list"},
 }

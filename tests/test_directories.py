@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import zoo.evaluation
 import zoo.prediction
 from tests.test_runs import RUNS, files, recipe, write_jsonl
+from zoo.building import training_arguments
 from zoo.data import load_splits
 from zoo.data_sections import DataSection
 from zoo.errors import RunError, UserError
-from zoo.train import run, training_arguments
+from zoo.train import run
 
 TEXT = "wheat shipments rose"
 

@@ -46,11 +46,11 @@ def trainer(made: Recipe, directory: Path):
     # in the processes that train, and not where the tests are collected
     from transformers import set_seed
 
+    from zoo.building import build_trainer, training_arguments
     from zoo.data import load_splits
     from zoo.encoding import encoded
     from zoo.loading import load_model, load_processor
     from zoo.tasks import task_of
-    from zoo.train import build_trainer, training_arguments
 
     task, arguments = task_of(made.task), training_arguments(made, directory)
     set_seed(7)

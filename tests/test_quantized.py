@@ -109,6 +109,8 @@ def test_widths_that_the_library_cannot_multiply_stay(tmp_path, capsys):
 @pytest.mark.parametrize(("inputs", "right"), [(128, True), (96, False)])
 def test_the_library_loses_weights_of_inputs_that_its_blocks_do_not_divide(inputs, right):
     """Rounding is off by 0.09 of the weight; with 96 inputs the layer computes by other weights than it was given."""
+    if not right and not Linear4bit(32, 32).support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512-BF16: the layer is right here")
     torch.manual_seed(0)
     weight, layer = torch.randn(64, inputs), Linear4bit(inputs, 64, bias=False, quant_type="nf4")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)._quantize("cpu")

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import zoo.evaluation
 from tests.tiny_run import SAVE, SERVER, STEPS, TRAIN_ROWS, differing, events, make_recipe, weights, without_time
+from zoo.building import build_trainer
 from zoo.checkpoints import newest_complete
 from zoo.data import load_splits
 from zoo.encoding import encoded
@@ -26,7 +27,7 @@ from zoo.errors import RunError, UserError
 from zoo.loading import load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import task_of
-from zoo.train import build_trainer, run
+from zoo.train import run
 from zoo.trainer import ZooTrainer
 
 

@@ -14,6 +14,7 @@ import zoo.prediction
 from tests.test_runs import read_lines, read_metrics, write_jsonl
 from tests.test_writing import T5
 from tests.test_writing import recipe as written
+from zoo.building import training_arguments
 from zoo.data import load_splits
 from zoo.data_sections import DataSection
 from zoo.encoding import encoded
@@ -23,7 +24,7 @@ from zoo.sources import resolve
 from zoo.task_types import TASK_TYPES
 from zoo.tasks import task_of
 from zoo.tasks.translation import TRANSLATED, translated
-from zoo.train import run, training_arguments
+from zoo.train import run
 
 WTFORMS = "pypi://wtforms@3.3.2/wtforms/locale/de/LC_MESSAGES"
 NESTED = {"text": "translation.en", "translation": "translation.de"}

@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler
 
+from zoo.building import training_arguments
 from zoo.data import Splits, load_splits
 from zoo.errors import UserError
 from zoo.images import open_image
@@ -32,7 +33,6 @@ from zoo.tasks.squad import squad
 from zoo.tasks.summarization import rouge
 from zoo.tasks.translation import translated
 from zoo.tokenizer import processor_for
-from zoo.train import training_arguments
 
 PIXELS = 28  # a side of the images that logistic regression sees
 # tokens that count, and pairs of a token that is measured and the one before it

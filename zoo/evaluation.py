@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zoo.building import build_trainer, training_arguments
 from zoo.data import load_splits
 from zoo.encoding import encoded
 from zoo.errors import UserError
@@ -14,7 +15,6 @@ from zoo.model_directory import open_finished
 from zoo.recipe import Recipe
 from zoo.task_types import TASK_TYPES
 from zoo.tasks.metrics import OURS
-from zoo.train import build_trainer, training_arguments
 
 # what an evaluation reads of a recipe besides `data`; the rest would be ignored
 _READ = (

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from rich.text import Text
 
+from zoo.building import training_arguments
 from zoo.data import load_splits
 from zoo.errors import UserError
 from zoo.loading import fit_images, load_model
@@ -17,7 +18,6 @@ from zoo.streaming import Unread
 from zoo.tasks import COUNTED, Task, task_of
 from zoo.tasks.base import IGNORED
 from zoo.tokenizer import processor_for
-from zoo.train import training_arguments
 
 OTHERS = 8  # rows that are read besides, for tasks that want another text
 MASKED = "bool_masked_pos"

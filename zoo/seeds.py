@@ -12,7 +12,7 @@ from zoo.errors import UserError
 from zoo.files import write_json, write_text
 from zoo.model_directory import METRICS, RECIPE, read_metrics
 from zoo.recipe import Recipe
-from zoo.train import alone, check_directory
+from zoo.run_directory import alone, check_directory
 from zoo.train import run as run_one
 
 CONFIDENCE = 0.95

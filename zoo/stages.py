@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zoo import train
+from zoo.building import build_trainer, training_arguments
 from zoo.card import card
 from zoo.checkpoints import writing
 from zoo.files import write_text
@@ -41,8 +41,8 @@ def measured(finished: Finished, model: Any) -> dict[str, Any]:
     recipe, task = finished.recipe, finished.task
     with tempfile.TemporaryDirectory() as scratch:
         batch = {"per_device_eval_batch_size": recipe.train.get("per_device_eval_batch_size", 8)}
-        arguments = train.training_arguments(recipe.model_copy(update={"train": batch}), Path(scratch))
-        trainer = train.build_trainer(recipe, task, model, finished.processor, arguments, finished.labels)
+        arguments = training_arguments(recipe.model_copy(update={"train": batch}), Path(scratch))
+        trainer = build_trainer(recipe, task, model, finished.processor, arguments, finished.labels)
         prefix, rows = tested_rows(finished)
         metrics = trainer.evaluate(rows, metric_key_prefix=prefix)
     return {name: value for name, value in metrics.items() if not name.endswith(_TIMED)}

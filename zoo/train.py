@@ -4,63 +4,44 @@ The directory holds the model and tokenizer, `recipe.yaml` as resolved, `metrics
 run's `checkpoints/`, from which it resumes.
 """
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
 from transformers import (
     EvalPrediction,
-    PreTrainedConfig,
     PreTrainedModel,
-    Seq2SeqTrainingArguments,
     TrainingArguments,
     set_seed,
 )
 
-from zoo import adapters, finetuning, hub, tokenizer
+from zoo import adapters, hub, tokenizer
+from zoo.building import build_trainer, check_choice, training_arguments
 from zoo.card import card
 from zoo.checkpoints import PROGRESS, STATE, newest_complete
 from zoo.data import Splits, load_splits
 from zoo.distillation import load_teacher
 from zoo.encoding import by_rows, encoded, stream
 from zoo.environment import changed, data_of, environment
-from zoo.errors import UserError, did_you_mean
+from zoo.errors import UserError
 from zoo.event_log import EventLog
 from zoo.files import as_json, write_json, write_text
-from zoo.loading import Processor, fit_images, load_model, set_generation
+from zoo.loading import fit_images, load_model, set_generation
 from zoo.memory import peak_accelerator_memory_bytes, peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.packed_rows import check_kept_apart
 from zoo.quantized import check_learns
 from zoo.recipe import Recipe
-from zoo.recipe_loading import load_recipe
 from zoo.results import MAX_DRAWN_CLASSES, confusion, confusion_picture, curves, per_class, predictions_file
-from zoo.samples import WithDraws
+from zoo.run_directory import CHECKPOINTS, EVENTS, alone, check_directory
 from zoo.sections import TokenizerSection
-from zoo.streaming import Stream, Unread
+from zoo.streaming import Unread
 from zoo.task_types import DEFAULT_TARGET_LENGTH, TASK_TYPES
-from zoo.tasks import LOWER_IS_BETTER, Task, task_of
-from zoo.tasks.metrics import OURS, all_right, own_metrics
-from zoo.trainer import HeadlessTrainer, WritingTrainer, ZooTrainer
+from zoo.tasks import Task, task_of
+from zoo.trainer import ZooTrainer
 
-CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"  # among them, where a run has learned its own
-EVENTS = "events.jsonl"
-LOCK = ".lock"
-# of the train section: numbers that make no sense below 1
-_AT_LEAST_ONE = (
-    *("gradient_accumulation_steps", "eval_accumulation_steps"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size"),
-)
 PUSHED = ".pushed.json"
-# what configs call the dropout of attention's weights
-ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
 
 
 def run(recipe: Recipe, output_dir: Path, resume: bool = False) -> dict[str, Any]:
@@ -87,7 +68,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     task = task_of(recipe.task)
     arguments = training_arguments(recipe, output_dir)
     if not recipe.task.metrics:
-        _check_choice(arguments, task, task.metric_names)
+        check_choice(arguments, task, task.metric_names)
     set_seed(arguments.seed)
     reset_peak_memory()
     splits = load_splits(recipe.data, task.roles, arguments.seed, kind=task.labels)
@@ -199,73 +180,6 @@ def _extras(
     return extras
 
 
-def check_directory(recipe: Recipe, output_dir: Path, resume: bool) -> None:
-    """Refuses a directory that holds something else, or that cannot be made."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output-dir {output_dir}: a file of that name exists")
-    for name in (RECIPE, EVENTS, METRICS, CHECKPOINTS):
-        path, kinds = output_dir / name, ("a directory", "a file")
-        if path.exists() and path.is_dir() != (name == CHECKPOINTS):
-            is_, wanted = kinds if path.is_dir() else kinds[::-1]
-            raise UserError(f"--output-dir {output_dir}: {name} is {is_}, where a run has {wanted}; move it away")
-    old = output_dir / RECIPE
-    # folders without a file in them are what a refused recipe has left
-    if any(not path.is_dir() and not _is_ours(path) for path in output_dir.rglob("*")):
-        if not old.exists():
-            raise UserError(f"--output-dir {output_dir}: not empty, and not a run of zoo; choose another directory")
-        if not resume:
-            state = "a finished" if (output_dir / METRICS).exists() else "an unfinished"
-            raise UserError(
-                f"--output-dir {output_dir}: holds {state} run; add --resume to continue it, delete it, or choose "
-                "another --output-dir"
-            )
-        if not _says(old, recipe):
-            raise UserError(f"--output-dir {output_dir}: its run had another recipe ({old}); choose another directory")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
-
-
-def _says(file: Path, recipe: Recipe) -> bool:
-    """Whether a run's recipe is this one; one that an older version wrote may lack keys that have come since."""
-    try:
-        return file.read_bytes() == recipe.to_yaml().encode() or load_recipe(str(file)) == recipe
-    except (OSError, UserError):
-        return False
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file is the lock, or what a run that was killed has left of writing its recipe."""
-    return path.name == LOCK or path.name.startswith(f".{RECIPE}.")
-
-
-@contextlib.contextmanager
-def alone(output_dir: Path) -> Iterator[None]:
-    """Holds the directory, until the process ends at the latest. Raises UserError where another run has it."""
-    lock = FileLock(output_dir / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(
-            f"--output-dir {output_dir}: another run is at work in it; wait for it, or choose another directory"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        (output_dir / LOCK).unlink(missing_ok=True)
-        lock.release()
-
-
-def discard(output_dir: Path) -> None:
-    """Removes a run of zoo, such as an earlier trial; anything else stays."""
-    if (output_dir / RECIPE).is_file() and not output_dir.is_symlink():
-        with alone(output_dir):
-            shutil.rmtree(output_dir)
-
-
 def _claim(recipe: Recipe, output_dir: Path, arguments: TrainingArguments) -> Path | None:
     """Makes the directory this run's, now that nothing speaks against it; returns the checkpoint to continue from."""
     for leftover in output_dir.glob(f".{RECIPE}.*"):
@@ -292,124 +206,3 @@ def _check_data(checkpoint: Path, data: dict[str, Any]) -> None:
             f"data: {', '.join(names[:5])} changed since {checkpoint} was written (hashes differ); put the data back, "
             "or train anew in another --output-dir"
         )
-
-
-def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
-    """The recipe's `train` section, verbatim, with what the project decides."""
-    # the bar stays although the libraries' messages are quiet, which the library takes for a wish to have none
-    defaults: dict[str, Any] = {
-        "report_to": "none",
-        "disable_tqdm": False,
-        "include_for_metrics": ["loss"],
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-    }
-    for key in _AT_LEAST_ONE:
-        if recipe.train.get(key) is not None and recipe.train[key] < 1:
-            raise UserError(f"train.{key}: {recipe.train[key]}; give 1 or more")
-    for key in ("seed", "data_seed"):
-        if recipe.train.get(key) is not None and not 0 <= recipe.train[key] < 2**32:
-            raise UserError(f"train.{key}: {recipe.train[key]}; a seed is a number from 0 to 2**32 - 1")
-    metric = str(recipe.train.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    if metric in LOWER_IS_BETTER:
-        # the library looks at the end of the name only, and would take the worst of these for the best
-        defaults["greater_is_better"] = False
-    elif metric in recipe.task.metrics.keys() - OURS.keys() and "greater_is_better" not in recipe.train:
-        raise UserError(f"train.metric_for_best_model: {metric}: say train.greater_is_better, true or false")
-    task = task_of(recipe.task)
-    made: type[TrainingArguments] = Seq2SeqTrainingArguments if task.writes else TrainingArguments
-    if task.label_names is not None:
-        defaults["label_names"] = list(task.label_names)
-    if task.writes:
-        defaults["predict_with_generate"] = True
-    if recipe.data.streaming:
-        # the stream itself goes on where it was; each process reads all of it and takes its share
-        defaults |= {"ignore_data_skip": True, "accelerator_config": {"dispatch_batches": False}}
-    try:
-        return made(output_dir=str(output_dir / CHECKPOINTS), remove_unused_columns=False, **(defaults | recipe.train))
-    except (*_REFUSALS, OSError, AttributeError) as error:
-        raise _refused(error) from error
-
-
-# what transformers raises for values that its source alone does not rule out
-_REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, KeyError)
-
-
-def _refused(error: Exception) -> UserError:
-    return UserError(f"train: refused by transformers: {next(iter(str(error).splitlines()), type(error).__name__)}")
-
-
-def _check_choice(arguments: TrainingArguments, task: Task, measured: Iterable[str]) -> None:
-    """Raises UserError where the best checkpoint is chosen by a metric that is not `measured`."""
-    metric = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    known = ("loss", *measured)
-    if metric not in known:
-        near = did_you_mean(metric, known) or f"; it is one of {', '.join(known)}"
-        raise UserError(f"train.metric_for_best_model: {task.name} does not measure {metric!r}{near}")
-
-
-def build_trainer(
-    recipe: Recipe,
-    task: Task,
-    model,
-    processor: Processor,
-    arguments: TrainingArguments,
-    labels: Sequence[str],
-    train_rows=None,
-    eval_rows=None,
-    trainer_class: type[ZooTrainer] | None = None,
-) -> ZooTrainer:
-    """A Trainer on encoded rows. Raises UserError for a `train` section it cannot work with."""
-    trainer: ZooTrainer
-    measure, loss = own_metrics(task, recipe.task, labels, processor), None
-    of_model = {field: getattr(model.config, field) for field in task.config_fields}
-    if task.loss is not None:
-        rows = train_rows.rows if isinstance(train_rows, WithDraws) else train_rows
-        # nothing that weighs classes is trained on a stream
-        learned = [] if rows is None or isinstance(rows, Stream) else rows["labels"]
-        loss = task.loss(recipe.task, learned, len(labels), arguments.label_smoothing_factor)
-    if recipe.task.metrics and eval_rows is not None:
-        # a recipe's own metrics say only when they run what they are called, and whether they take their options
-        _check_choice(arguments, task, measure(all_right(task, labels, eval_rows["labels"])))
-    if train_rows is not None:
-        _check_flex(model.config, arguments)
-        for note in finetuning.apply(model, recipe.finetune):
-            print(note)
-    try:
-        made: Callable[..., ZooTrainer] = trainer_class or (WritingTrainer if task.writes else ZooTrainer)
-        if task.learn is not None:
-            made = partial(HeadlessTrainer, learn=task.learn(recipe.task))
-        trainer = made(
-            model=model,
-            args=arguments,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            data_collator=task.collate(processor, recipe.task, **of_model),
-            compute_metrics=lambda prediction: measure(by_rows(task, recipe, prediction, trainer.evaluated_rows)),
-            compute_loss_func=loss,
-            preprocess_logits_for_metrics=task.reduce,
-            processing_class=processor,
-        )
-        trainer.row_loss = task.row_loss
-        if train_rows is not None:
-            trainer.tune(recipe.finetune)
-            # made now, while it is plain whose words were wrong; the scheduler is made again when the steps are known
-            trainer.create_optimizer()
-            trainer.create_scheduler(1)
-            trainer.get_train_dataloader()
-        return trainer
-    except _REFUSALS as error:
-        raise _refused(error) from error
-
-
-def _check_flex(config: PreTrainedConfig, arguments: TrainingArguments) -> None:
-    """Raises UserError where flex_attention, which says so at the first step only, cannot train a model."""
-    if config._attn_implementation != "flex_attention":
-        return
-    if arguments.device.type == "cpu":
-        raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use sdpa, or an accelerator")
-    for name in ATTENTION_DROPOUTS:
-        if getattr(config, name, 0.0):
-            raise UserError(
-                f"model.attn_implementation: flex_attention trains without dropout only; set model.config.{name}: 0.0 "
-                f"(it is {getattr(config, name)}), or use sdpa"
-            )

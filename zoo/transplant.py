@@ -28,6 +28,7 @@ from zoo.models.attention_variants import ATTENTIONS, FULL, pattern_of, variant_
 from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe
+from zoo.run_directory import check_directory
 from zoo.sections import DistillSection
 from zoo.tasks import task_of
 from zoo.variants import contradictions
@@ -73,7 +74,7 @@ def run(
     _check(finished, directory)
     recipe = healing_recipe(directory, attention, attention_kwargs, heal, overrides)
     swapped = load_model(recipe.model, finished.task.auto_class, finished.labels, finished.task.problem_type)
-    train.check_directory(recipe, output_dir, resume)
+    check_directory(recipe, output_dir, resume)
     distances = list(errors(finished, swapped, texts))
     report: dict[str, Any] = {
         "model": str(directory),

@@ -27,6 +27,7 @@ from transformers import TrainerCallback, set_seed
 
 from zoo import adapters
 from zoo.bench.settings import Setting
+from zoo.building import build_trainer, training_arguments
 from zoo.data import load_splits
 from zoo.encoding import encoded
 from zoo.errors import UserError
@@ -37,7 +38,6 @@ from zoo.recipe import Recipe
 from zoo.samples import WithDraws
 from zoo.size_counts import layers, max_length
 from zoo.tasks import task_of
-from zoo.train import build_trainer, training_arguments
 from zoo.trainer import ZooTrainer
 
 SIDES = ("native", "official")
