@@ -229,3 +229,11 @@ def test_a_section_that_makes_no_sense(written, says, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"extends: bert/finetune-topics\nname: x\n{written}\n")
     with pytest.raises(UserError, match=says):
         load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize("implementation", ["native", "official"])
+def test_an_encoder_and_decoder_tells_classes(implementation, bases, r8, tmp_path):
+    """The official class hands out its encoder's states beside the logits."""
+    recipe = make_recipe(bases / "t5", r8, SHORT, implementation=implementation)
+    run(recipe.model_copy(update={"lora": {"r": 4}}), tmp_path / "run")
+    as_before(tmp_path / "run")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import expit
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
@@ -160,6 +161,11 @@ def _pipeline(section: TaskSection):
     return MaxWindows if section.pooling == "max" else Windows, options | windows
 
 
+def _only_logits(outputs: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """Official models with a decoder hand out their encoder's states too."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
 SINGLE_LABEL = Task(
     name="text-classification",
     auto_class="AutoModelForSequenceClassification",
@@ -171,6 +177,7 @@ SINGLE_LABEL = Task(
     collate=_collate,
     metrics=one_metrics,
     metric_names=ONE_METRICS,
+    reduce=_only_logits,
     records=one_records,
     classes=one_classes,
     pool=pooled,
