@@ -16,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.commands import zoo
 from tests.conftest import read_r8
 from tests.test_runs import write_jsonl
 from tests.tiny_run import make_recipe
@@ -131,6 +132,17 @@ def test_what_writes_with_an_adapter(base, task, lora, bases, tmp_path):
         assert merging.run(tmp_path / "run", tmp_path / "whole", texts=3)["difference"] < 1e-5
         as_before(tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["max_new_tokens"] == 6
+
+
+def test_standard_output_is_for_answers(bases, tmp_path):
+    """What is said of tokens that the base lacks, and by a pipeline of models within adapters, stands elsewhere."""
+    run(
+        writing_recipe(bases / "gpt", bases, {"type": "instruction-tuning", "max_length": 64}, {"r": 4}),
+        tmp_path / "run",
+    )
+    code, out, err = zoo("predict", "run", "profit rose", cwd=tmp_path)
+    assert code == 0 and len(out.splitlines()) == 1 and out.endswith("profit rose\n"), out
+    assert "tokens beyond its vocabulary" in err and "not supported" not in err
 
 
 def test_a_prefix_takes_positions(bases, tmp_path):

@@ -1,9 +1,11 @@
 """What a finished run leaves: how its directory is written so that it is whole or not there, and opened again."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,9 +172,11 @@ def open_finished(directory: Path, overrides: Sequence[str] = (), trust_remote_c
         processor = load_processor(section, task.processor)
         labels = _labels(directory)
         base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
-        model = load_model(
-            base, task.auto_class, labels, task.problem_type, processor=processor, quantize=recipe.quantize
-        )
+        # what is said of the base was said in training; standard output is for answers
+        with contextlib.redirect_stdout(sys.stderr):
+            model = load_model(
+                base, task.auto_class, labels, task.problem_type, processor=processor, quantize=recipe.quantize
+            )
         fit_images(model, processor, recipe.task.image_size)
         adapted = adapters.open_adapter(model, base, directory, ADAPTER)
         finished = Finished(recipe, task, adapted, processor, labels, directory)

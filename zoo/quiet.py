@@ -13,6 +13,8 @@ def quiet_libraries() -> None:
     # peft imports torchao where it is installed, which misses libraries of GPUs and has what torch will no longer want
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # a pipeline lists all classes that it knows where a model stands within adapters, and works
+    logging.getLogger("transformers.pipelines.base").setLevel(logging.CRITICAL)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
