@@ -247,5 +247,6 @@ def test_a_section_that_makes_no_sense(written, says, tmp_path):
 def test_an_encoder_and_decoder_tells_classes(implementation, bases, r8, tmp_path):
     """The official class hands out its encoder's states beside the logits."""
     recipe = make_recipe(bases / "t5", r8, SHORT, implementation=implementation)
-    run(recipe.model_copy(update={"lora": {"r": 4}}), tmp_path / "run")
+    metrics = run(recipe.model_copy(update={"lora": {"r": 4}}), tmp_path / "run")
+    assert 0 < metrics["test_accuracy"] <= 1
     as_before(tmp_path / "run")

@@ -22,7 +22,7 @@ LAYERS = [
     {"sources", "library_schema", "recipe_yaml", "recipe", "recipe_loading"},
     {"models", "labels", "interrupts", "images", "checkpoints", "reading", "duplicates", "samples", "finetuning"}
     | {"packed_rows"},
-    {"fresh", "roles", "quantized"},
+    {"fresh", "roles", "quantized", "fitting"},
     {"streaming"},
     {"loading", "data", "tasks"},
     {"step_loss", "distillation", "adapters"},
@@ -57,6 +57,7 @@ LAYERS = [
 OPENERS = {
     "loading",
     "fresh",
+    "fitting",
     "size_counts",
     "model_directory",
     "bench",

@@ -69,9 +69,7 @@ def adapt(model: PreTrainedModel, section: Mapping[str, Any], task: str) -> Peft
             _check_targets(model, config)
         with _quiet():
             adapted = get_peft_model(model, config)
-        _quicken(adapted)
-        # tokens that the base lacked are embedded alike whenever it is opened: no part of the adapter
-        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+        _finish(adapted)
     except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"lora: refused by peft: {' '.join(str(error).split())[:300]}") from error
     return adapted
@@ -189,7 +187,7 @@ def save(model: PeftModel, section: ModelSection, directory: Path) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path, config.revision = section.path, section.revision
     base: Any = model.get_base_model()
-    model.save_pretrained(str(directory), save_embedding_layers=False)
+    model.save_pretrained(str(directory))
     official = isinstance(base, ZooPreTrainedModel) and is_standard(base.config)
     (base.official_config() if official else base.config).save_pretrained(directory)
     generation: Any = getattr(model, "generation_config", None)
@@ -225,13 +223,16 @@ def open_adapter(base: PreTrainedModel | PeftModel, section: ModelSection, direc
                 model = PeftModel.from_pretrained(base, str(directory), name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{directory}: its adapter does not fit {section.path}: {error}") from error
-    _quicken(model)
+    _finish(model)
     assert_same_adapter(model, directory)
     return model
 
 
-def _quicken(model: PeftModel) -> None:
-    """Layers within adapters are called by peft: of a native model, by the library that multiplies them outside too."""
+def _finish(model: Any) -> None:
+    """What peft calls by itself, in our way."""
+    # tokens that the base lacked are embedded alike whenever it is opened: no part of the adapter
+    model.save_pretrained = partial(type(model).save_pretrained, model, save_embedding_layers=False)
+    # layers within adapters of a native model: by the library that multiplies them outside too
     if isinstance(model.get_base_model(), ZooPreTrainedModel):
         for module in model.modules():
             if type(module) is nn.Linear:

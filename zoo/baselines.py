@@ -22,8 +22,9 @@ from sklearn.preprocessing import MaxAbsScaler
 from zoo.building import training_arguments
 from zoo.data import Splits, load_splits
 from zoo.errors import UserError
+from zoo.fitting import fit_images
 from zoo.images import open_image
-from zoo.loading import fit_images, load_model, load_processor
+from zoo.loading import load_model, load_processor
 from zoo.recipe import Recipe
 from zoo.tasks import spans, task_of
 from zoo.tasks.base import IGNORED

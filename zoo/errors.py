@@ -33,6 +33,12 @@ def unexpected(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error of the libraries in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:400] if lines else type(error).__name__
+
+
 def did_you_mean(word: object, candidates: Iterable[str]) -> str:
     """The end of a message about an unknown `word`: "; did you mean X?", or nothing where no candidate is near."""
     known = {candidate.lower(): candidate for candidate in candidates}

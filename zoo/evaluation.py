@@ -10,7 +10,7 @@ from zoo.building import build_trainer, training_arguments
 from zoo.data import load_splits
 from zoo.encoding import encoded
 from zoo.errors import UserError
-from zoo.loading import set_generation
+from zoo.fitting import set_generation
 from zoo.model_directory import open_finished
 from zoo.recipe import Recipe
 from zoo.task_types import TASK_TYPES

@@ -1,7 +1,5 @@
 """A model and its processor from a recipe: native or official, its variant."""
 
-import copy
-import inspect
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,6 @@ from transformers import (
     AutoModelForTextEncoding,
     AutoTokenizer,
     BaseImageProcessor,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,12 +23,10 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file
 
-from zoo.errors import UserError, did_you_mean
+from zoo.errors import UserError, did_you_mean, in_a_line
+from zoo.fitting import fit_tokens
 from zoo.fresh import recipe_config
 from zoo.hub_errors import hub_failure
-from zoo.models.linformer import Linformer
-from zoo.models.patches import as_pair, resize_positions
-from zoo.models.pretrained import ZooPreTrainedModel
 from zoo.quantized import assert_kept, assert_near, fence, quantisation
 from zoo.recipe_loading import shipped_recipes
 from zoo.sections import ATTENTION_FIELDS, ModelSection, TokenizerSection
@@ -135,47 +130,8 @@ def load_model(
     if section.implementation == "native":
         model.set_ragged(section.ragged)  # type: ignore[operator]
     if isinstance(processor, PreTrainedTokenizerBase):
-        _fit_tokens(model, processor)
+        fit_tokens(model, processor)
     return model
-
-
-@torch.no_grad()
-def _at_the_mean(model: PreTrainedModel, known: int) -> None:
-    """The rows behind `known` of both tables: the library would draw them near it, others each time it is opened."""
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for name in ("weight", "bias"):
-            rows: torch.Tensor | None = getattr(table, name, None)
-            if rows is not None:
-                rows[known:] = rows[:known].mean(0)
-
-
-def _fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Embeddings for tokens that the checkpoint has not seen, at the mean of all others; what pads, in the config."""
-    wanted = max(tokenizer.get_vocab().values()) + 1
-    there: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
-    if wanted > there:
-        tied = _is_tied(model)
-        # the output layer grows with it (Hewitt 2021: the mean leaves the distribution as it was)
-        model.resize_token_embeddings(wanted, mean_resizing=False)
-        _at_the_mean(model, there)
-        if _is_tied(model) != tied:
-            # what the official T5 does to a head of v1.1
-            raise UserError(
-                "model.added_tokens: the official class would lose its output layer; use implementation: native"
-            )
-        print(f"model: {wanted - there} tokens beyond its vocabulary of {there:,}: embedded at the mean of the others")
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    # another family's tokenizer may make inputs, such as segments, that this model does not have
-    read = inspect.signature(model.forward).parameters
-    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in read]
-    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what is saved
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output layer is the embeddings themselves."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _trained(
@@ -244,64 +200,7 @@ def _fresh(
         return make(config, dtype=torch.float32, **chosen)
     except (ImportError, ValueError) as error:
         field = "attn_implementation" if chosen else "config"
-        raise UserError(f"model.{field}: {_message(error)}") from error
-
-
-def set_generation(model: PreTrainedModel, defaults: dict[str, Any], settings: dict[str, Any]) -> GenerationConfig:
-    """Lays the recipe's `generate` section over the model's own generation config. Returns a copy to save with it: in
-    the model's own, generating writes all that it did not say. Raises UserError."""
-    if "max_length" in settings:
-        defaults = {key: value for key, value in defaults.items() if key != "max_new_tokens"}
-    chosen = {"_from_model_config": False, **defaults, **settings}
-    config = model.generation_config
-    if config is None:
-        raise UserError(f"model: {type(model).__name__} generates nothing")
-    try:
-        config.update(**chosen)
-        config.validate(strict=True)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"generate: {_message(error)}") from error
-    return copy.deepcopy(config)
-
-
-def fit_images(model: PreTrainedModel, processor: Processor, side: int | None) -> None:
-    """Images and positions of `side` x `side` pixels, where a recipe says so; a model that has no size takes any.
-
-    Positions between the trained ones are interpolated, and stay so: the model then is one of the new size.
-    Raises UserError for sizes that the model cannot have.
-    """
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return
-    own, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
-    if own is not None and patch is not None:
-        size, patches = as_pair(side or own), as_pair(patch)
-        if any(pixels % one for pixels, one in zip(size, patches, strict=True)):
-            raise UserError(
-                f"task.image_size: {size[0]} x {size[1]} pixels are no whole number of patches of {patches[0]} x "
-                f"{patches[1]} (model.config.patch_size); give a multiple"
-            )
-        if size != as_pair(own):
-            tokens = size[0] // patches[0] * (size[1] // patches[1]) + 1
-            if any(isinstance(module, Linformer) for module in model.modules()) and not _own_length(model.config):
-                raise UserError(
-                    "task.image_size: the projections of linformer are as long as the model's own images; give "
-                    f"model.attention_kwargs.linformer.max_length: {tokens}"
-                )
-            if not isinstance(model, ZooPreTrainedModel):
-                raise UserError("task.image_size: official classes keep the size they have; use implementation: native")
-            resize_positions(model, size)
-    elif side is not None or own is not None:
-        size = as_pair(side or own)
-    else:
-        return
-    sizes = {"height": size[0], "width": size[1]}
-    processor.size = sizes  # type: ignore[attr-defined]
-    if getattr(processor, "do_center_crop", False):
-        processor.crop_size = sizes  # type: ignore[attr-defined]
-
-
-def _own_length(config) -> int | None:
-    return config.attention_kwargs["linformer"].get("max_length")
+        raise UserError(f"model.{field}: {in_a_line(error)}") from error
 
 
 def _directory(repo: Path | str, revision: str) -> Path:
@@ -358,7 +257,7 @@ def _config(section: ModelSection, config_class, location, revision: str, change
         raise
     except _LOAD_ERRORS as error:
         raise _wants_trust(str(section.path), error) or UserError(
-            f"model {section.path}: its config is refused: {_message(error)}"
+            f"model {section.path}: its config is refused: {in_a_line(error)}"
         ) from error
 
 
@@ -388,12 +287,12 @@ def _open(path: str, model_class, location, arguments: dict[str, Any], whole: bo
         )
     except _LOAD_ERRORS as error:
         if "attn_implementation" in arguments and isinstance(error, ImportError | ValueError):
-            raise UserError(f"model.attn_implementation: {_message(error)}") from error
+            raise UserError(f"model.attn_implementation: {in_a_line(error)}") from error
         raise (
             _wants_trust(path, error)
             or hub_failure(f"model {path}", error, _AGAIN)
             or UserError(
-                f"model {path}: its weights cannot be read: {_message(error)}; fetch or copy the checkpoint again"
+                f"model {path}: its weights cannot be read: {in_a_line(error)}; fetch or copy the checkpoint again"
             )
         ) from error
     wrong = {
@@ -421,12 +320,6 @@ def _has_a_place(model: PreTrainedModel, key: str) -> bool:
 
 def _unreadable(path: str, what: str, error: BaseException) -> Exception:
     return hub_failure(f"model {path}", error, _AGAIN) or UserError(f"model {path}: {what}: {_first_line(error)}")
-
-
-def _message(error: BaseException) -> str:
-    """An error of the libraries in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:400] if lines else type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:

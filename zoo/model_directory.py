@@ -23,7 +23,8 @@ from zoo.data import load_splits
 from zoo.encoding import encoded
 from zoo.errors import UserError
 from zoo.files import write_json, write_text
-from zoo.loading import Processor, fit_images, load_model, load_processor
+from zoo.fitting import fit_images
+from zoo.loading import Processor, load_model, load_processor
 from zoo.quantized import assert_kept
 from zoo.recipe import Recipe
 from zoo.recipe_loading import load_recipe

@@ -11,7 +11,8 @@ from rich.text import Text
 from zoo.building import training_arguments
 from zoo.data import load_splits
 from zoo.errors import UserError
-from zoo.loading import fit_images, load_model
+from zoo.fitting import fit_images
+from zoo.loading import load_model
 from zoo.recipe import Recipe
 from zoo.samples import WithDraws
 from zoo.streaming import Unread

@@ -26,7 +26,8 @@ from zoo.environment import changed, data_of, environment
 from zoo.errors import UserError
 from zoo.event_log import EventLog
 from zoo.files import as_json, write_json, write_text
-from zoo.loading import fit_images, load_model, set_generation
+from zoo.fitting import fit_images, set_generation
+from zoo.loading import load_model
 from zoo.memory import peak_accelerator_memory_bytes, peak_memory_bytes, reset_peak_memory
 from zoo.model_directory import METRICS, RECIPE, has_variant, read_metrics, save
 from zoo.packed_rows import check_kept_apart

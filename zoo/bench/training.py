@@ -31,7 +31,8 @@ from zoo.building import build_trainer, training_arguments
 from zoo.data import load_splits
 from zoo.encoding import encoded
 from zoo.errors import UserError
-from zoo.loading import fit_images, load_model, load_processor
+from zoo.fitting import fit_images
+from zoo.loading import load_model, load_processor
 from zoo.memory import peak_accelerator_memory_bytes, peak_memory_bytes
 from zoo.quiet import quiet_libraries
 from zoo.recipe import Recipe
